@@ -1,0 +1,16 @@
+"""LeNet-5-Caffe on MNIST by Sparse Variational Dropout.
+
+    python -m experiments.lenet5 [--data-dir DIR] [--epochs 200] [--seed 0]
+"""
+
+from experiments import config, loop, models
+
+DEFAULTS = config.Config(decay_from=0.0)
+
+
+def run(options: config.Config) -> None:
+    loop.run('lenet5', models.LeNet5, options)
+
+
+if __name__ == '__main__':
+    config.command_line(run, DEFAULTS, __doc__)

@@ -1,0 +1,30 @@
+"""Sparse Variational Dropout for JAX and Flax (not singular value decomposition).
+
+Train a network whose every weight learns its own noise level, drop the weights that turn out to be
+only noise, and ship what is left::
+
+    import svd_jax as svd
+
+    y, kl = svd.linen.Dense(300)(x)             # layers return the KL beside the activations
+    params = svd.variational(params)            # a dense tree becomes variational
+    step = svd.make_train_step(model.apply, svd.classification_loss, tx, num_data=60_000)
+    sparse = svd.sparsify(params)               # zeros where log_alpha >= 3
+    print(svd.sparsity(sparse))
+
+Molchanov, Ashukha & Vetrov, "Variational Dropout Sparsifies Deep Neural Networks", ICML 2017.
+"""
+
+from svd_jax import linen as linen
+from svd_jax.train import TrainState as TrainState
+from svd_jax.train import classification_loss as classification_loss
+from svd_jax.train import elbo_loss as elbo_loss
+from svd_jax.train import kl_warmup as kl_warmup
+from svd_jax.train import make_train_step as make_train_step
+from svd_jax.tree import Sparsity as Sparsity
+from svd_jax.tree import kl as kl
+from svd_jax.tree import log_alpha as log_alpha
+from svd_jax.tree import sparsify as sparsify
+from svd_jax.tree import sparsity as sparsity
+from svd_jax.tree import variational as variational
+
+__version__ = '0.1.0'

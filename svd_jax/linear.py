@@ -1,0 +1,58 @@
+"""How a variational linear operation is computed: the one place that knows.
+
+For a layer that is linear in its input and in its kernel, the activations of a random kernel have
+mean ``layer(x, kernel) + bias`` and, where no weight is used twice for one output, variance
+``layer(x^2, sigma^2)``: the same operation, with stride, padding, dilation, groups and all. So any
+Flax layer serves for both, and the bias takes no part in the variance.
+
+A convolution's weights are used at every output position, and there the noise is drawn
+independently, which is the paper's choice (section 4.3), not the law of one sampled kernel.
+"""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from svd_jax import conv
+
+Params = Mapping[str, jax.Array]
+
+
+def apply(layer: nn.Module, params: Params, x: jax.Array, method: str = '__call__') -> jax.Array:
+    """The layer's output with the given parameters, by the fastest way for this backend."""
+    if method == '__call__' and conv.prefers_patches(layer, x):
+        return conv.apply(layer, params, x)
+    return layer.apply({'params': params}, x, method=method)
+
+
+def moments(
+    layer: nn.Module,
+    name: str,
+    params: Params,
+    log_sigma2: jax.Array,
+    x: jax.Array,
+    method: str = '__call__',
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of a layer's output under the posterior of its weights.
+
+    Args:
+      layer: an unbound Flax layer, linear in its input and weight (an embedding: in its weight).
+      name: the name of the weight in ``params``.
+      params: the layer's parameters.
+      log_sigma2: logarithm of the posterior's variance, of the weight's shape.
+      x: the layer's input.
+      method: which of the layer's methods.
+
+    Returns:
+      Mean and variance, of the shape and type of the layer's output.
+    """
+    sigma2 = jnp.exp(log_sigma2)
+    if method == '__call__' and conv.prefers_patches(layer, x):
+        return conv.moments(layer, params, sigma2, x)
+    mean = layer.apply({'params': params}, x, method=method)
+    without_bias = layer.clone(use_bias=False) if hasattr(layer, 'use_bias') else layer
+    squares = lax.square(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    return mean, without_bias.apply({'params': {name: sigma2}}, squares, method=method)

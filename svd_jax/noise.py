@@ -1,0 +1,61 @@
+"""Standard normal noise from few random bits.
+
+Noise is a large part of a variational step: one draw for every activation. Sixteen random bits a
+draw are enough for it, so each call of threefry, which makes 64, serves four draws (JAX's own
+``jax.random.normal`` takes one call per draw).
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.random import threefry_2x32
+
+
+def _random_words(key: jax.Array, count: int) -> jax.Array:
+    """``count`` independent uint32, from the key's own generator."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if str(jax.random.key_impl(key)) == 'threefry2x32':
+        return threefry_2x32(jax.random.key_data(key), lax.iota(jnp.uint32, count))
+    return jax.random.bits(key, (count,), jnp.uint32)
+
+
+def _normal_quantile(bits: jax.Array) -> jax.Array:
+    """The quantile of the middle of one of 65,536 equal slices of the unit interval."""
+    centred = (bits.astype(jnp.float32) - 32767.5) * (1 / 32768)
+    return jnp.float32(math.sqrt(2)) * lax.erf_inv(centred)
+
+
+def standard_normal(
+    key: jax.Array, shape: Sequence[int], dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """Independent standard normal draws, each from 16 random bits.
+
+    The draws take 65,536 equally likely values between -4.17 and 4.17, the quantiles of the
+    middles of as many slices: no test of Kolmogorov-Smirnov's kind can tell them from a normal
+    distribution by fewer than a billion draws, their variance is 1 to within 2e-5, and only the
+    tail beyond 4.17 (probability 3e-5) is missing.
+
+    Args:
+      key: a PRNG key of any of JAX's generators.
+      shape: the shape of the draws.
+      dtype: a floating-point type.
+
+    Returns:
+      An array of that shape and type.
+
+    Example:
+      >>> import jax
+      >>> from svd_jax import noise
+      >>> noise.standard_normal(jax.random.key(0), (2, 3)).shape
+      (2, 3)
+    """
+    size = math.prod(shape)
+    words = lax.optimization_barrier(_random_words(key, (size + 1) // 2))
+    halves = jnp.concatenate([_normal_quantile(words >> 16), _normal_quantile(words & 0xFFFF)])
+    # The barriers keep XLA from fusing the concatenation into what uses the noise, which on a CPU
+    # makes a slow loop of it (12 ms instead of 2.5 for a million draws).
+    return lax.optimization_barrier(halves)[:size].reshape(shape).astype(dtype)
