@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,6 @@ from experiments import data, pictures
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, fingerprint
 from experiments.errors import UsageError
-from experiments.models import Network
 from experiments.report import Report, read_history, write_json
 
 # Steps per dispatch: few enough for a lively progress bar, enough to hide the dispatch.
@@ -28,7 +28,7 @@ _CHUNK = 100
 _EVALUATION_BATCH = 1000
 
 
-def run(experiment: str, network: type[Network], config: Config) -> dict[str, Any]:
+def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, Any]:
     """Trains, evaluates and writes everything into the output folder.
 
     Args:
@@ -88,7 +88,7 @@ def run(experiment: str, network: type[Network], config: Config) -> dict[str, An
 class Training:
     """The compiled parts of a run, with the data on the device."""
 
-    def __init__(self, network: type[Network], config: Config, dataset: data.Dataset) -> None:
+    def __init__(self, network: type[nn.Module], config: Config, dataset: data.Dataset) -> None:
         self.config, self.dataset = config, dataset
         self.variational = config.method == 'svd'
         count = len(dataset.train_labels)
@@ -99,8 +99,7 @@ class Training:
             'mask_in_training': config.mask_in_training,
             'kl_method': config.kl,
         }
-        self.dense = network(variational=False)
-        model = network(options=tuple(options.items())) if self.variational else self.dense
+        self.model = network(options=tuple(options.items()))
         self.learning_rate = optax.linear_schedule(
             config.learning_rate,
             0.0,
@@ -110,7 +109,7 @@ class Training:
         self.tx = optax.adam(self.learning_rate)
         begin, end = (round(epoch * self.steps) for epoch in config.kl_warmup)
         self._step = svd.make_train_step(
-            model.apply,
+            self.model.apply,
             svd.classification_loss,
             self.tx,
             num_data=count,
@@ -130,10 +129,15 @@ class Training:
     def init(self, params: Any = None) -> svd.TrainState:
         """The state before the first step, from given dense parameters or random ones."""
         if params is None:
-            params = self.dense.init(self._init_key, self._prepare(self._images[:1]))['params']
+            params = self.dense_params(self._init_key)
         if self.variational:
             params = svd.variational(params, log_sigma2_init=self.config.log_sigma2_init)
         return svd.TrainState.create({'params': params}, self.tx)
+
+    def dense_params(self, key: jax.Array) -> Any:
+        """Random parameters of the network without any posterior."""
+        params = self.model.init(key, self._prepare(self._images[:1]))['params']
+        return svd.sparsify(params, float('inf'))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _chunk(
@@ -149,7 +153,7 @@ class Training:
     @partial(jax.jit, static_argnums=0)
     def _errors(self, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         def errors(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-            logits, _ = self.dense.apply({'params': params}, self._prepare(batch[0]))
+            logits, _ = self.model.apply({'params': params}, self._prepare(batch[0]), True)
             return jnp.sum((jnp.argmax(logits, -1) != batch[1]) & (batch[1] >= 0))
 
         return lax.map(errors, (images, labels)).sum()
@@ -288,7 +292,7 @@ def _start(
             f'`python -m experiments.{experiment} --method dense`'
         )
     params = found[0]['params']
-    like = training.dense.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))['params']
+    like = training.dense_params(jax.random.key(0))
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, like):
         raise UsageError(
             f'the checkpoint in {folder} is not of the dense network: give --pretrained the '

@@ -16,27 +16,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from svd_jax import conv
+from svd_jax import conv, math, noise
 
 Params = Mapping[str, jax.Array]
 
 
 def apply(layer: nn.Module, params: Params, x: jax.Array, method: str = '__call__') -> jax.Array:
     """The layer's output with the given parameters, by the fastest way for this backend."""
-    if method == '__call__' and conv.prefers_patches(layer, x):
+    if method == '__call__' and conv.by_patches(layer, x):
         return conv.apply(layer, params, x)
     return layer.apply({'params': params}, x, method=method)
 
 
-def moments(
+def sample(
     layer: nn.Module,
     name: str,
     params: Params,
     log_sigma2: jax.Array,
     x: jax.Array,
+    key: jax.Array,
     method: str = '__call__',
-) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of a layer's output under the posterior of its weights.
+) -> jax.Array:
+    """A sample of a layer's output under the posterior of its weights: local reparameterisation.
 
     Args:
       layer: an unbound Flax layer, linear in its input and weight (an embedding: in its weight).
@@ -44,15 +45,17 @@ def moments(
       params: the layer's parameters.
       log_sigma2: logarithm of the posterior's variance, of the weight's shape.
       x: the layer's input.
+      key: for the noise.
       method: which of the layer's methods.
 
     Returns:
-      Mean and variance, of the shape and type of the layer's output.
+      An array of the shape and type of the layer's output.
     """
     sigma2 = jnp.exp(log_sigma2)
-    if method == '__call__' and conv.prefers_patches(layer, x):
-        return conv.moments(layer, params, sigma2, x)
+    if method == '__call__' and conv.by_patches(layer, x):
+        return conv.sample(layer, params, sigma2, x, key)
     mean = layer.apply({'params': params}, x, method=method)
     without_bias = layer.clone(use_bias=False) if hasattr(layer, 'use_bias') else layer
     squares = lax.square(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-    return mean, without_bias.apply({'params': {name: sigma2}}, squares, method=method)
+    variance = without_bias.apply({'params': {name: sigma2}}, squares, method=method)
+    return math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))

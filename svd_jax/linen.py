@@ -2,7 +2,8 @@
 
 Each layer has the fields, the parameter names and the shapes of its twin in ``flax.linen``, plus a
 parameter ``log_sigma2`` of its weight's shape and the fields of :class:`Variational`. It returns
-``(y, kl)``. Noise comes from the rng stream ``'noise'``::
+``(y, kl)``. Applied to a tree without ``log_sigma2``, dense or sparsified, it is its twin, and its
+KL is zero. Noise comes from the rng stream ``'noise'``::
 
     y, kl = layer.apply({'params': params}, x, rngs={'noise': key})     # training
     y, kl = layer.apply({'params': params}, x, deterministic=True)      # what will be shipped
@@ -14,7 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from svd_jax import linear, math, noise, tree
+from svd_jax import linear, math, tree
+from svd_jax.conv import max_pool_2x2 as max_pool_2x2
 
 NOISE = 'noise'
 
@@ -45,31 +47,27 @@ class Variational(nn.Module):
         return self._dense_type(**fields, parent=None)
 
     def _forward(
-        self, params: Any, x: jax.Array, deterministic: bool, method: str = '__call__'
+        self, x: jax.Array, deterministic: bool, method: str = '__call__'
     ) -> jax.Array:
         """The activations: of the masked mean, or sampled by local reparameterisation."""
-        params = dict(params)
-        log_sigma2 = params.pop(tree.LOG_SIGMA2)
-        mean_params = params
-        if deterministic or self.mask_in_training:
-            weight = tree.masked(params[self._weight], log_sigma2, self.threshold)
-            mean_params = {**params, self._weight: weight}
-        if deterministic:
-            return linear.apply(self._dense(), mean_params, x, method)
+        params = self._params()
+        log_sigma2 = params.pop(tree.LOG_SIGMA2, None)
+        if log_sigma2 is not None and (deterministic or self.mask_in_training):
+            params[self._weight] = tree.masked(params[self._weight], log_sigma2, self.threshold)
+        if log_sigma2 is None or deterministic:
+            return linear.apply(self._dense(), params, x, method)
         if not self.has_rng(NOISE):
             raise ValueError(
                 f'{"/".join(self.path) or type(self).__name__} needs noise to train: pass '
                 "rngs={'noise': key} to apply, or deterministic=True to evaluate"
             )
-        mean, variance = linear.moments(
-            self._dense(), self._weight, mean_params, log_sigma2, x, method
-        )
-        # Sampled in float32: in bfloat16, nearby draws would fall together.
-        mean32, variance32 = (math._at_least_float32(m) for m in (mean, variance))
-        eps = noise.standard_normal(self.make_rng(NOISE), mean.shape, mean32.dtype)
-        return math.reparameterise(mean32, variance32, eps).astype(mean.dtype)
+        key = self.make_rng(NOISE)
+        return linear.sample(self._dense(), self._weight, params, log_sigma2, x, key, method)
 
-    def _kl(self, params: Any) -> jax.Array:
+    def _kl(self) -> jax.Array:
+        params = self._params()
+        if tree.LOG_SIGMA2 not in params:
+            return jnp.zeros((), jnp.float32)
         alpha = math.log_alpha(params[self._weight], params[tree.LOG_SIGMA2])
         return jnp.sum(math.kl(alpha, self.kl_method))
 
@@ -82,8 +80,8 @@ class Variational(nn.Module):
 
         self.param(tree.LOG_SIGMA2, init)
 
-    def _params(self) -> Any:
-        return nn.meta.unbox(self.variables['params'])
+    def _params(self) -> dict[str, jax.Array]:
+        return dict(nn.meta.unbox(self.variables['params']))
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -103,10 +101,8 @@ class Variational(nn.Module):
         """
         if self.is_initializing():
             super().__call__(x)  # type: ignore[misc]  # declares the parameters as Flax does
-        self._declare_log_sigma2()
-        params = self._params()
-        y = self._forward(params, x, deterministic or self.is_initializing())
-        return y, self._kl(params)
+            self._declare_log_sigma2()
+        return self._forward(x, deterministic or self.is_initializing()), self._kl()
 
 
 class Dense(Variational, nn.Dense):  # type: ignore[misc]
@@ -179,19 +175,18 @@ class Embed(Variational, nn.Embed):  # type: ignore[misc]
 
     def setup(self) -> None:
         super().setup()
-        self._declare_log_sigma2()
+        if self.is_initializing():
+            self._declare_log_sigma2()
 
     def __call__(
         self, inputs: jax.Array, deterministic: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         """Looks tokens up: integers of any shape to vectors, and the KL of the table."""
-        params = self._params()
-        y = self._forward(params, inputs, deterministic or self.is_initializing())
-        return y, self._kl(params)
+        return self._forward(inputs, deterministic or self.is_initializing()), self._kl()
 
     def attend(self, query: jax.Array, deterministic: bool = False) -> jax.Array:
         """Scores of all tokens for a query (..., features), as :meth:`flax.linen.Embed.attend`.
 
         Returns the scores alone: the table's KL is counted once, by ``__call__``.
         """
-        return self._forward(self._params(), query, deterministic or self.is_initializing(), 'attend')
+        return self._forward(query, deterministic or self.is_initializing(), 'attend')

@@ -223,6 +223,8 @@ def reparameterise(mean: jax.Array, variance: jax.Array, noise: jax.Array) -> ja
       noise: the same shape, standard normal.
 
     Returns:
-      ``mean + sqrt(variance) * noise``, with finite gradients where the variance is zero.
+      ``mean + sqrt(variance) * noise``, of the mean's type but computed in float32 at least, with
+      finite gradients where the variance is zero.
     """
-    return mean + jnp.sqrt(jnp.maximum(variance, _SMALLEST_VARIANCE)) * noise
+    deviation = jnp.sqrt(jnp.maximum(_at_least_float32(variance), _SMALLEST_VARIANCE))
+    return (_at_least_float32(mean) + deviation * noise).astype(mean.dtype)
