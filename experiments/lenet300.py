@@ -1,4 +1,4 @@
-"""LeNet-300-100 on MNIST by Sparse Variational Dropout.
+"""LeNet-300-100 on MNIST by Sparse Variational Dropout::
 
     python -m experiments.lenet300 [--data-dir DIR] [--epochs 200] [--seed 0]
 """

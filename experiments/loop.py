@@ -1,9 +1,11 @@
 """The training loop that all experiments share."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from experiments import data, pictures
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, fingerprint
 from experiments.errors import UsageError
-from experiments.report import Report, read_history, write_json
+from experiments.report import Report, lock, read_history, write_json
 
 # Steps per dispatch: few enough for a lively progress bar, enough to hide the dispatch.
 _CHUNK = 100
@@ -48,17 +50,28 @@ def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, 
         dataset = data.validation_split(dataset, config.validation)
     data.epoch_permutation(config.seed, 0, len(dataset.train_labels), config.batch_size)  # checks
     out = config.folder(experiment)
-    _claim(out, experiment, config, dataset)
-    training = Training(network, config, dataset)
+    with _claimed(out, _identity(experiment, config, dataset), config.resume):
+        return _train(experiment, Training(network, config, dataset), out, console)
+
+
+def _train(experiment: str, training: 'Training', out: Path, console: Console) -> dict[str, Any]:
+    """Trains from the last checkpoint, or from the start, to the summary."""
+    config = training.config
     checkpoints = Checkpoints(
-        out / 'checkpoints', experiment, lambda line: console.print(f'[yellow]{line}')
+        out / 'checkpoints', experiment, 'start again with another --out', partial(_warn, console)
     )
     state, done, seconds = _start(experiment, training, checkpoints, console)
+    # Only now: a run that could not start leaves its folder free.
+    write_json(out / 'run.json', _identity(experiment, config, training.dataset))
+    if done < config.epochs:
+        (out / 'summary.json').unlink(missing_ok=True)  # its being there says: complete
     history = read_history(out / 'metrics.jsonl', done)
     if not done:
         pictures.save_frame(out / 'frames', 0, training.frame(state))
-    title = f'{experiment}, {config.method}, {dataset.name}, seed {config.seed}'
-    with Report(out, title, history, config.epochs, training.steps, console) as report:
+    title = f'{experiment}, {config.method}, {training.dataset.name}, seed {config.seed}'
+    if config.validation:
+        title += f', tested on {config.validation} held-out images'
+    with Report(out, title, history, done, config.epochs, training.steps, console) as report:
         saved = time.perf_counter()
         for epoch in range(done + 1, config.epochs + 1):
             started = time.perf_counter()
@@ -77,9 +90,7 @@ def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, 
         **_environment(),
     }  # fmt: skip
     frames = pictures.load_frames(out / 'frames', config.epochs)
-    pictures.write_all(
-        out, jax.device_get(state.params), report.history, config.threshold, frames
-    )
+    pictures.write_all(out, jax.device_get(state.params), report.history, config.threshold, frames)
     write_json(out / 'summary.json', summary)
     _say(console, out, state.params, summary)
     return summary
@@ -117,7 +128,7 @@ class Training:
             kl_weight=svd.kl_warmup(begin, end),
             threshold=config.threshold,
         )
-        self._mean = jnp.asarray(data.mean_image(dataset.train_images))
+        self._mean = jnp.asarray(data.mean_image(dataset.train_images))[None]
         self._images = jnp.asarray(dataset.train_images)
         self._labels = jnp.asarray(dataset.train_labels)
         self._test = _batches(dataset.test_images), _batches(dataset.test_labels, fill=-1)
@@ -133,6 +144,10 @@ class Training:
         if self.variational:
             params = svd.variational(params, log_sigma2_init=self.config.log_sigma2_init)
         return svd.TrainState.create({'params': params}, self.tx)
+
+    def dense_state(self) -> svd.TrainState:
+        """A state of the dense network, as a run with ``--method dense`` has it."""
+        return svd.TrainState.create({'params': self.dense_params(self._init_key)}, self.tx)
 
     def dense_params(self, key: jax.Array) -> Any:
         """Random parameters of the network without any posterior."""
@@ -181,9 +196,7 @@ class Training:
         metrics = {k: np.concatenate([chunk[k] for chunk in chunks]) for k in chunks[0]}
         finite = metrics['finite']
         if not finite.any():
-            raise UsageError(
-                f'no step of epoch {epoch} had a finite loss: lower --learning-rate'
-            )
+            raise UsageError(f'no step of epoch {epoch} had a finite loss: lower --learning-rate')
         mean = {k: float(v[finite].mean()) for k, v in metrics.items()}
         row = {
             'epoch': epoch, 'loss': mean['loss'], 'data_term': mean['data_term'],
@@ -233,40 +246,68 @@ def _batches(array: np.ndarray, fill: int = 0) -> jax.Array:
     return jnp.asarray(padded.reshape(-1, _EVALUATION_BATCH, *array.shape[1:]))
 
 
-def _claim(out: Path, experiment: str, config: Config, dataset: data.Dataset) -> None:
-    """Makes the output folder this run's.
-
-    Raises:
-      UsageError: it holds another run, or this one without ``--resume``.
-    """
-    identity = {
+def _identity(experiment: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:
+    """What `run.json` holds: whose output folder it is."""
+    return {
         'experiment': experiment,
         'dataset': dataset.name,
         'examples': fingerprint(*dataset[1:]),
         **config.identity(),
     }
-    path = out / 'run.json'
-    if path.exists():
-        if not config.resume:
-            raise UsageError(
-                f'{out} already holds a run: go on with it by --resume, or choose another --out'
-            )
-        before = json.loads(path.read_text())
-        for name in sorted(identity.keys() | before.keys()):
-            if identity.get(name) != before.get(name):
-                raise UsageError(
-                    f'{out} holds a run with {name} {before.get(name)}, not {identity.get(name)}: '
-                    'give --resume the same options, or choose another --out'
-                )
-    elif out.is_dir() and any(out.iterdir()):
-        raise UsageError(f'{out} is not empty and holds no run: choose another --out')
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[None]:
+    """Makes the output folder this run's, and this process the only one that writes to it.
+
+    Raises:
+      UsageError: it holds another run, or this one without ``--resume``; another process is at
+        work in it; or it cannot be written to, now or later.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(path, identity)
     except OSError as error:
+        raise UsageError(f'cannot make the folder {out} ({error}): choose another --out') from error
+    try:
+        with lock(out):
+            _check_claim(out, identity, resume)
+            yield
+    except OSError as error:  # a full disk above all; the last checkpoint is as it was
         raise UsageError(
-            f'cannot write to {out} ({error.strerror}): choose another --out'
+            f'cannot write to {out} ({error}): see to that and --resume, or choose another --out'
         ) from error
+
+
+def _check_claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
+    path = out / 'run.json'
+    if not path.exists():
+        if any(other.name != 'run.tmp' for other in out.iterdir()):  # that, a kill may leave
+            raise UsageError(f'{out} is not empty and holds no run: choose another --out')
+    elif not resume:
+        raise UsageError(
+            f'{out} already holds a run: go on with it by --resume, or choose another --out'
+        )
+    else:
+        try:
+            before = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UsageError(f'{path} is damaged: choose another --out') from error
+        for name, value in identity.items():
+            if before.get(name) != value:
+                option = name if name in ('experiment', 'examples') else _option(name)
+                raise UsageError(
+                    f'{out} holds a run with {option} {before.get(name)}, not {value}: '
+                    'give --resume the same options, or choose another --out'
+                )
+
+
+def _option(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
+def _warn(console: Console, line: str) -> None:
+    # A path may hold what looks like markup, and a log file has lines of any length.
+    console.print(line, style='yellow', markup=False, highlight=False, soft_wrap=True)
 
 
 def _start(
@@ -278,27 +319,29 @@ def _start(
         restored = checkpoints.restore(like=training.init())
         if restored is not None:
             state, facts = restored
-            console.print(f'resuming after epoch {facts["epoch"]} of {config.epochs}')
-            return state, facts['epoch'], facts['seconds']
+            done = facts['epoch']
+            console.print(
+                f'resuming after epoch {done} of {config.epochs}'
+                if done < config.epochs
+                else f'all {done} epochs are done: writing the pictures and the summary again'
+            )
+            return state, done, facts['seconds']
         console.print('no checkpoint yet: starting from the beginning')
     if config.pretrained is None:
         return training.init(), 0, 0.0
     folder = config.pretrained / 'checkpoints'
-    pretrained = Checkpoints(folder, experiment, lambda line: console.print(f'[yellow]{line}'))
-    found = pretrained.restore()
+    advice = (
+        f'give --pretrained the output folder of `python -m experiments.{experiment} '
+        '--method dense`'
+    )
+    found = Checkpoints(folder, experiment, advice, partial(_warn, console)).restore(
+        like=training.dense_state()
+    )
     if found is None:
-        raise UsageError(
-            f'no checkpoint in {folder}: give --pretrained the output folder of '
-            f'`python -m experiments.{experiment} --method dense`'
-        )
-    params = found[0]['params']
-    like = training.dense_params(jax.random.key(0))
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, like):
-        raise UsageError(
-            f'the checkpoint in {folder} is not of the dense network: give --pretrained the '
-            'output folder of a run with --method dense'
-        )
-    return training.init(params), 0, 0.0
+        raise UsageError(f'no checkpoint in {folder}: {advice}')
+    dense, facts = found
+    _warn(console, f'starting from the dense weights after epoch {facts["epoch"]} in {folder}')
+    return training.init(dense.params), 0, 0.0
 
 
 def _environment() -> dict[str, Any]:
@@ -317,13 +360,17 @@ def _version(name: str) -> str:
 
 def _say(console: Console, out: Path, params: Any, summary: dict[str, Any]) -> None:
     console.print()
+    weights = ''
     if summary['method'] == 'sparse_vd':
         console.print(str(svd.sparsity(params, summary['config']['threshold'])), highlight=False)
         console.print()
-    compression = summary['compression']
+        ratio = summary['compression']
+        weights = 'no weights left, ' if ratio is None else f'{ratio:.1f} times fewer weights, '
     console.print(
         f'error {summary["test_error"]:.2f} % ({summary["evaluated_on"]}, {summary["dataset"]}), '
-        + ('every weight dropped' if compression is None else f'{compression:.1f} times fewer weights')
-        + f', {summary["train_seconds"]:.0f} s of training'
+        f'{weights}{summary["train_seconds"]:.0f} s of training'
     )
-    console.print(f'summary, metrics, checkpoints and pictures: {out}')
+    console.print(
+        f'summary, metrics, checkpoints and pictures: {out}',
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip

@@ -27,8 +27,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import FuncNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
+
+from svd_jax.math import log_alpha
 
 Frame = dict[str, np.ndarray]
 History = Sequence[Mapping[str, Any]]
@@ -42,7 +45,6 @@ GREY = '#767676'
 TIMES = '\N{MULTIPLICATION SIGN}'
 
 PIECE = 100  # the largest side of the piece of a dense layer that is shown
-SMALLEST = 1e-15  # as in svd_jax.math.log_alpha: keeps it finite where a weight is zero
 
 GIF_FRAMES = 60
 GIF_BYTES = 3_000_000
@@ -97,8 +99,7 @@ def _layers(params: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _log_alpha(layer: Mapping[str, Any]) -> np.ndarray:
     """log alpha of each weight of a variational layer, in the shape of its kernel, all finite."""
-    size = np.maximum(np.abs(np.asarray(layer['kernel'], np.float32)), np.float32(SMALLEST))
-    return np.asarray(layer['log_sigma2'], np.float32) - 2 * np.log(size)
+    return np.asarray(log_alpha(layer['kernel'], layer['log_sigma2']))
 
 
 def _sparse_kernel(layer: Mapping[str, Any], threshold: float) -> np.ndarray:
@@ -166,9 +167,9 @@ def load_frames(directory: Path, last_epoch: int | None = None) -> list[tuple[in
 # The curves and the histograms
 
 
-def _figure(width: float, height: float, layout: str = 'constrained') -> Figure:
+def _figure(width: float, height: float, compress: bool = False) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, compress=compress)
     figure = Figure(figsize=(width, height), dpi=150, layout=layout)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     FigureCanvasAgg(figure)
     return figure
 
@@ -296,7 +297,8 @@ def log_alpha_histogram(params: Mapping[str, Any], threshold: float, path: Path)
         _style(axes, f'{name} ({shape}): {dropped:.1f}% dropped', ylabel='weights')
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axes.set_xlabel(
-        rf'$\log\,\alpha$   (blue: kept, orange: dropped, dashed: threshold {threshold:g})',
+        rf'$\log\,\alpha$   (blue: kept, orange: dropped, dashed: threshold {threshold:g}; '
+        'the outermost bars hold what lies beyond)',
         fontsize=9.5,
     )
     figure.align_ylabels()
@@ -321,8 +323,8 @@ def _montage(images: np.ndarray) -> np.ndarray:
     rows = math.ceil(n / columns)
     tiles = np.full((rows * columns, height + 1, width + 1), np.nan, np.float32)
     tiles[:n, 1:, 1:] = images
-    grid = tiles.reshape(rows, columns, height + 1, width + 1).swapaxes(1, 2)
-    grid = grid.reshape(rows * (height + 1), columns * (width + 1))
+    tiles = tiles.reshape(rows, columns, height + 1, width + 1).swapaxes(1, 2)
+    grid = tiles.reshape(rows * (height + 1), columns * (width + 1))
     return np.pad(grid, ((0, 1), (0, 1)), constant_values=np.nan)
 
 
@@ -401,7 +403,7 @@ def weights(before: Frame, after: Frame, path: Path) -> None:
     rows = list(zip(*_panels_of([before, after]), strict=True))
     shapes = [row[0].values.shape for row in rows]
     heights = [height / width for height, width in shapes]  # of images of the same width
-    figure = _figure(9, 1 + 3.9 * sum(heights), layout='compressed')
+    figure = _figure(9, 1 + 3.9 * sum(heights), compress=True)
     grid = figure.subplots(len(rows), 2, squeeze=False, height_ratios=heights)
     for axes_row, row in zip(grid, rows, strict=True):
         largest_count, limit = row[0].largest_count, _limit(row)
@@ -418,7 +420,7 @@ def weights(before: Frame, after: Frame, path: Path) -> None:
         bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes_row, shrink=0.85, aspect=24)
         if largest_count is not None:
             ticks = [0, *(10**i for i in range(10) if 10**i < largest_count / 2), largest_count]
-            bar.set_ticks(ticks, labels=map(str, ticks))
+            bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
         bar.set_label(label, fontsize=9.5)
         bar.ax.tick_params(labelsize=9)
         bar.outline.set_edgecolor('0.75')

@@ -1,38 +1,85 @@
 """What a run shows and writes while it trains: a live table, metrics.jsonl, TensorBoard events."""
 
+import collections
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from rich.text import Text
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from experiments.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Row = dict[str, Any]
 
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all, also when killed."""
+    _write(path, json.dumps(value, indent=2) + '\n')
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(value, indent=2) + '\n')
+    try:
+        temporary.write_text(text)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder, until this one leaves or dies.
+
+    Raises:
+      UsageError: another process is in it.
+    """
+    if fcntl is None:
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f'another process is writing to {folder}: wait for it, or choose another --out'
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(opened)
 
 
 def read_history(path: Path, last_epoch: int) -> list[Row]:
     """The rows of a metrics.jsonl up to an epoch; a line that a kill left unfinished is skipped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    rows = {}
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row['epoch'] <= last_epoch:
-            rows.append(row)
-    return rows
+            if row['epoch'] <= last_epoch:
+                rows[row['epoch']] = row
+    return [rows[epoch] for epoch in sorted(rows)]
 
 
 def _duration(seconds: float) -> str:
@@ -44,41 +91,50 @@ def _duration(seconds: float) -> str:
 class Report:
     """The live table of a run, and its files; a context manager.
 
-    On a terminal the last rows and a progress bar; elsewhere a line per epoch.
+    On a terminal the last rows and progress bars; elsewhere a line per epoch.
 
     Args:
       out: the run's folder.
       title: shown above the table.
       history: the rows of the epochs before, when resuming.
+      done: how many epochs that are.
       epochs, steps: epochs of the run, steps of an epoch.
+      console: where to show it.
     """
 
     _SHOWN = 12
 
     def __init__(
-        self, out: Path, title: str, history: list[Row], epochs: int, steps: int, console: Console
-    ) -> None:
-        self.history, self._out, self._title, self._epochs = history, out, title, epochs
-        self._console = console
+        self, out: Path, title: str, history: list[Row], done: int, epochs: int, steps: int,
+        console: Console,
+    ) -> None:  # fmt: skip
+        self.history, self._out, self._title = history, out, Text(title, style='bold')
+        self._done, self._epochs, self._console = done, epochs, console
         self._progress = Progress(
-            TextColumn('[bold]{task.description}'),
+            TextColumn('{task.description}'),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn('{task.fields[note]}'),
+            TextColumn('{task.fields[note]}', justify='right'),
             console=console,
             expand=True,
         )
-        self._epoch = self._progress.add_task('epoch', total=epochs, completed=len(history), note='')
-        self._step = self._progress.add_task('step', total=steps, note='')
+        self._epoch = self._progress.add_task('epochs', total=epochs, completed=done, note='')
+        self._step = self._progress.add_task('steps', total=steps, note='compiling')
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
-        self._started, self._already = time.perf_counter(), len(history)
+        self._ends = collections.deque([time.perf_counter()], maxlen=20)  # of epochs
 
     def __enter__(self) -> Self:
-        with (self._out / 'metrics.jsonl').open('w') as file:  # what came after the checkpoint goes
-            file.writelines(json.dumps(row) + '\n' for row in self.history)
-        self._metrics = (self._out / 'metrics.jsonl').open('a')
-        self._events = SummaryWriter(
-            str(self._out / 'tensorboard'), purge_step=len(self.history) + 1
+        # What came after the checkpoint goes.
+        path = self._out / 'metrics.jsonl'
+        _write(path, ''.join(json.dumps(row) + '\n' for row in self.history))
+        self._metrics = path.open('a')
+        folder = self._out / 'tensorboard'
+        folder.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies of a full disk, and the next row waits for it forever.
+        self._events = EventsWriter(str(folder / 'events'))
+        start = SessionLog(status=SessionLog.START)  # TensorBoard forgets this epoch and later ones
+        self._events.write_event(
+            Event(wall_time=time.time(), step=self._done + 1, session_log=start)
         )
         if self._console.is_terminal:
             self._live.start()
@@ -97,53 +153,60 @@ class Report:
     def add(self, row: Row) -> None:
         """Reports an epoch."""
         self.history.append(row)
+        self._done = row['epoch']
         self._metrics.write(json.dumps(row) + '\n')
         self._metrics.flush()
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != 'epoch':
-                self._events.add_scalar(name, value, row['epoch'])
-        for layer, percent in row['sparsity_per_layer'].items():
-            self._events.add_scalar(f'sparsity/{layer}', percent, row['epoch'])
-        self._events.flush()
-        passed = time.perf_counter() - self._started
-        left = passed / (len(self.history) - self._already) * (self._epochs - len(self.history))
-        note = f'{_duration(left)} left'
-        self._update(self._epoch, len(self.history), note)
-        self._update(self._step, 0, f'{row["images_per_second"]:,.0f} images/s')
+        self._add_event(row)
+        self._ends.append(time.perf_counter())
+        # The median: the first epoch includes the compilation.
+        left = float(np.median(np.diff(self._ends))) * (self._epochs - self._done)
+        speed = f'{row["images_per_second"]:,.0f} images/s'
+        self._progress.update(self._epoch, completed=self._done, note=f'{_duration(left)} left')
+        self._progress.update(self._step, completed=0, note=speed)
         if not self._console.is_terminal:
-            self._console.print(self._line(row, note), soft_wrap=True)
+            cells = '  '.join(f'{name} {cell}' for name, cell in _cells(row).items())
+            self._console.print(
+                f'{cells}  {speed}  {_duration(left)} left', soft_wrap=True, highlight=False
+            )
 
-    def _update(self, task: TaskID, completed: int, note: str) -> None:
-        self._progress.update(task, completed=completed, note=note)
-
-    def _line(self, row: Row, note: str) -> str:
-        cells = zip(self._columns(row), self._cells(row), strict=True)
-        return '  '.join(f'{name} {cell}' for name, cell in cells) + f'  {note}'
-
-    @staticmethod
-    def _columns(row: Row) -> list[str]:
-        layers = list(row['sparsity_per_layer']) if 'kl' in row else []
-        variational = ['compression', 'KL', 'weight'] if layers else []
-        return ['epoch', 'loss', 'train %', 'test %', *variational, *layers, 'images/s']
-
-    @staticmethod
-    def _cells(row: Row) -> list[str]:
-        variational = []
-        if 'kl' in row:
-            ratio = row['compression']
-            variational = ['all' if ratio is None else f'{ratio:.1f}x', f'{row["kl"]:,.0f}',
-                           f'{row["kl_weight"]:.2f}']  # fmt: skip
-            variational += [f'{percent:.1f} %' for percent in row['sparsity_per_layer'].values()]
-        return [
-            str(row['epoch']), f'{row["loss"]:.4f}', f'{row["train_error"]:.2f}',
-            f'{row["test_error"]:.2f}', *variational, f'{row["images_per_second"]:,.0f}',
-        ]  # fmt: skip
+    def _add_event(self, row: Row) -> None:
+        values = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != 'epoch'}
+        values |= {f'sparsity/{k}': v for k, v in row['sparsity_per_layer'].items()}
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        self._events.write_event(Event(wall_time=time.time(), step=row['epoch'], summary=summary))
+        self._events.flush()
 
     def _render(self) -> Group:
-        table = Table(title=self._title, caption='zeros per layer in percent', expand=True)
-        shown = self.history[-self._SHOWN :]
-        for name in self._columns(shown[-1]) if shown else ['epoch']:
-            table.add_column(name, justify='right')
-        for row in shown:
-            table.add_row(*self._cells(row))
-        return Group(table, self._progress)
+        if not self.history:
+            return Group(self._title, self._progress)
+        table = self._table(layers=True)
+        unlimited = self._console.options.update(max_width=10_000)
+        if Measurement.get(self._console, unlimited, table).maximum > self._console.width:
+            table = self._table(layers=False)
+        return Group(self._title, table, self._progress)
+
+    def _table(self, layers: bool) -> Table:
+        table = Table(box=box.SIMPLE, show_edge=False)
+        shown = [_cells(row, layers) for row in self.history[-self._SHOWN :]]
+        for name in shown[-1]:
+            table.add_column(name.replace(' ', '\n'), justify='right', no_wrap=True)
+        for cells in shown:
+            table.add_row(*cells.values())
+        return table
+
+
+def _cells(row: Row, layers: bool = True) -> dict[str, str]:
+    """What is shown of an epoch, by column."""
+    cells = {
+        'epoch': str(row['epoch']), 'loss': f'{row["loss"]:.4f}',
+        'train error': f'{row["train_error"]:.2f} %', 'test error': f'{row["test_error"]:.2f} %',
+    }  # fmt: skip
+    if 'kl' not in row:  # a dense network
+        return cells
+    ratio = row['compression']
+    cells['compression'] = 'all' if ratio is None else f'{ratio:.1f}x'
+    cells |= {'KL': f'{row["kl"]:,.0f}', 'KL weight': f'{row["kl_weight"]:.2f}'}
+    if layers:
+        for name, percent in row['sparsity_per_layer'].items():
+            cells[f'{name} zeros'] = f'{percent:.1f} %'
+    return cells

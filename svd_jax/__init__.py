@@ -15,6 +15,7 @@ Molchanov, Ashukha & Vetrov, "Variational Dropout Sparsifies Deep Neural Network
 """
 
 from svd_jax import linen as linen
+from svd_jax._version import __version__ as __version__
 from svd_jax.train import TrainState as TrainState
 from svd_jax.train import classification_loss as classification_loss
 from svd_jax.train import elbo_loss as elbo_loss
@@ -26,5 +27,3 @@ from svd_jax.tree import log_alpha as log_alpha
 from svd_jax.tree import sparsify as sparsify
 from svd_jax.tree import sparsity as sparsity
 from svd_jax.tree import variational as variational
-
-__version__ = '0.1.0'

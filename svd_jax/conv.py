@@ -7,7 +7,8 @@ the variance and the gradients of both, as matrix products. All of it runs on ar
 at the ends of each function meet and cancel where one of them feeds another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,8 +42,8 @@ def by_patches(layer: nn.Module, x: jax.Array) -> bool:
     )
 
 
-def _all_ones(*arguments: int | tuple[int, ...] | None) -> bool:
-    return all(a in (None, 1) or (not isinstance(a, int) and set(a) == {1}) for a in arguments)
+def _all_ones(*arguments: int | Sequence[int] | None) -> bool:
+    return all(set((a,) if isinstance(a, int) else a or (1,)) == {1} for a in arguments)
 
 
 def _patches(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -133,14 +134,16 @@ def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     return y if bias is None else y + bias[:, None, None, None]
 
 
-def apply(layer: nn.Conv, params: Params, x: jax.Array) -> jax.Array:
-    """What ``layer.apply`` gives."""
-    x, kernel, bias = layer.promote_dtype(x, params['kernel'], params.get('bias'), dtype=layer.dtype)
+def apply(layer: Any, params: Params, x: jax.Array) -> jax.Array:
+    """What ``layer.apply`` gives, for a ``flax.linen.Conv`` that :func:`by_patches` accepts."""
+    x, kernel, bias = layer.promote_dtype(
+        x, params['kernel'], params.get('bias'), dtype=layer.dtype
+    )
     return _add_bias(_convolve(x.transpose(_TURN), kernel), bias).transpose(_TURN)
 
 
 def sample(
-    layer: nn.Conv, params: Params, sigma2: jax.Array, x: jax.Array, key: jax.Array
+    layer: Any, params: Params, sigma2: jax.Array, x: jax.Array, key: jax.Array
 ) -> jax.Array:
     """The layer's output, sampled; see :func:`svd_jax.linear.sample`."""
     x, kernel, bias, sigma2 = layer.promote_dtype(

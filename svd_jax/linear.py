@@ -10,6 +10,7 @@ independently, which is the paper's choice (section 4.3), not the law of one sam
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,7 @@ from svd_jax import conv, math, noise
 Params = Mapping[str, jax.Array]
 
 
-def apply(layer: nn.Module, params: Params, x: jax.Array, method: str = '__call__') -> jax.Array:
+def apply(layer: Any, params: Params, x: jax.Array, method: str = '__call__') -> jax.Array:
     """The layer's output with the given parameters, by the fastest way for this backend."""
     if method == '__call__' and conv.by_patches(layer, x):
         return conv.apply(layer, params, x)
@@ -29,7 +30,7 @@ def apply(layer: nn.Module, params: Params, x: jax.Array, method: str = '__call_
 
 
 def sample(
-    layer: nn.Module,
+    layer: Any,
     name: str,
     params: Params,
     log_sigma2: jax.Array,
@@ -56,6 +57,8 @@ def sample(
         return conv.sample(layer, params, sigma2, x, key)
     mean = layer.apply({'params': params}, x, method=method)
     without_bias = layer.clone(use_bias=False) if hasattr(layer, 'use_bias') else layer
-    squares = lax.square(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    looks_up = isinstance(layer, nn.Embed) and method == '__call__'
+    floats = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    squares = x if looks_up else lax.square(floats)
     variance = without_bias.apply({'params': {name: sigma2}}, squares, method=method)
     return math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))

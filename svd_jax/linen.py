@@ -43,12 +43,12 @@ class Variational(nn.Module):
     def _dense(self) -> nn.Module:
         """The twin in flax.linen, with the same fields, unbound."""
         own = ('parent', 'name')
-        fields = {f: getattr(self, f) for f in self._dense_type.__dataclass_fields__ if f not in own}
+        fields = {
+            f: getattr(self, f) for f in self._dense_type.__dataclass_fields__ if f not in own
+        }
         return self._dense_type(**fields, parent=None)
 
-    def _forward(
-        self, x: jax.Array, deterministic: bool, method: str = '__call__'
-    ) -> jax.Array:
+    def _forward(self, x: jax.Array, deterministic: bool, method: str = '__call__') -> jax.Array:
         """The activations: of the masked mean, or sampled by local reparameterisation."""
         params = self._params()
         log_sigma2 = params.pop(tree.LOG_SIGMA2, None)

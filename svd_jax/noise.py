@@ -32,10 +32,10 @@ def _normal_quantile(bits: jax.Array) -> jax.Array:
 def standard_normal(key: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Independent standard normal draws, each from 16 random bits.
 
-    The draws take 65,536 equally likely values between -4.17 and 4.17, the quantiles of the
+    The draws take 65,536 equally likely values between -4.33 and 4.33, the quantiles of the
     middles of as many slices: no test of Kolmogorov-Smirnov's kind can tell them from a normal
-    distribution by fewer than a billion draws, their variance is 1 to within 2e-5, and only the
-    tail beyond 4.17 (probability 3e-5) is missing.
+    distribution by fewer than a billion draws, their variance is 1 to within 3e-5, and only the
+    tail beyond 4.33 (probability 2e-5) is missing.
 
     Args:
       key: a PRNG key of any of JAX's generators.

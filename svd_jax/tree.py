@@ -27,7 +27,7 @@ LOG_SIGMA2 = 'log_sigma2'
 
 
 class Weight(NamedTuple):
-    """A weight found in a tree: its path (``'Conv_0/kernel'``), its values, its posterior if any."""
+    """A weight in a tree: its path (``'Conv_0/kernel'``), its values, its posterior if any."""
 
     path: str
     values: jax.Array
@@ -90,8 +90,9 @@ def weights(params: PyTree, path: str = '') -> Iterator[Weight]:
         yield from weights(child, f'{path}{name}/')
 
 
-def _variational_weights(params: PyTree) -> list[Weight]:
-    found = [weight for weight in weights(params) if weight.log_sigma2 is not None]
+def _variational_weights(params: PyTree) -> list[tuple[str, jax.Array, jax.Array]]:
+    """Path, values and log_sigma2 of the weights that have a posterior."""
+    found = [(w.path, w.values, w.log_sigma2) for w in weights(params) if w.log_sigma2 is not None]
     if not found:
         raise ValueError(
             f'no weight has a {LOG_SIGMA2} beside it: make the tree variational first, with '
@@ -187,10 +188,11 @@ def kl(params: PyTree, method: str = 'molchanov') -> jax.Array:
       >>> round(float(svd.kl(layer)), 3)
       2.587
     """
-    return sum(
-        jnp.sum(math.kl(math.log_alpha(w.values, w.log_sigma2), method))
-        for w in _variational_weights(params)
-    )  # type: ignore[return-value]
+    terms = (
+        jnp.sum(math.kl(math.log_alpha(values, log_sigma2), method))
+        for _, values, log_sigma2 in _variational_weights(params)
+    )
+    return sum(terms, jnp.zeros((), jnp.float32))
 
 
 def log_alpha(params: PyTree) -> PyTree:
@@ -208,17 +210,17 @@ def log_alpha(params: PyTree) -> PyTree:
     Example:
       >>> import jax.numpy as jnp
       >>> import svd_jax as svd
-      >>> params = {'a': {'kernel': jnp.ones(1), 'log_sigma2': jnp.full(1, -10.0)}, 'b': jnp.ones(1)}
-      >>> svd.log_alpha(params)
-      {'a': {'kernel': Array([-10.], dtype=float32)}}
+      >>> layer = {'kernel': jnp.ones(1), 'log_sigma2': jnp.full(1, -10.0), 'bias': jnp.ones(1)}
+      >>> svd.log_alpha({'Dense_0': layer})
+      {'Dense_0': {'kernel': Array([-10.], dtype=float32)}}
     """
     tree: dict[str, Any] = {}
-    for weight in _variational_weights(params):
-        *parents, name = weight.path.split('/')
+    for path, values, log_sigma2 in _variational_weights(params):
+        *parents, name = path.split('/')
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = math.log_alpha(weight.values, weight.log_sigma2)
+        node[name] = math.log_alpha(values, log_sigma2)
     return tree
 
 
@@ -277,54 +279,61 @@ def nonzero(params: PyTree, threshold: float | jax.Array = 3.0) -> dict[str, jax
     }
 
 
-class LayerSparsity(NamedTuple):
-    """Counts of one layer's weights. ``percent`` is the share of zeros."""
+class Counts(NamedTuple):
+    """How many weights are left of how many."""
 
     nonzero: int
     total: int
 
     @property
     def percent(self) -> float:
+        """The share of zeros."""
         return 100.0 * (1.0 - self.nonzero / self.total) if self.total else 0.0
-
-
-class Sparsity(NamedTuple):
-    """Counts of weights, per layer and in total; prints as a table.
-
-    ``compression`` is weights / nonzero weights, as in the paper: biases are not counted.
-    """
-
-    layers: dict[str, LayerSparsity]
-
-    @property
-    def nonzero(self) -> int:
-        return sum(layer.nonzero for layer in self.layers.values())
-
-    @property
-    def total(self) -> int:
-        return sum(layer.total for layer in self.layers.values())
-
-    @property
-    def percent(self) -> float:
-        return LayerSparsity(self.nonzero, self.total).percent
 
     @property
     def compression(self) -> float:
+        """Weights / nonzero weights, as in the paper: biases are not counted."""
         return self.total / self.nonzero if self.nonzero else float('inf')
 
+
+class Sparsity(NamedTuple):
+    """Counts of weights by layer, and overall; prints as a table."""
+
+    layers: dict[str, Counts]
+
+    @property
+    def overall(self) -> Counts:
+        counts = self.layers.values()
+        return Counts(sum(c.nonzero for c in counts), sum(c.total for c in counts))
+
+    @property
+    def nonzero(self) -> int:
+        return self.overall.nonzero
+
+    @property
+    def total(self) -> int:
+        return self.overall.total
+
+    @property
+    def percent(self) -> float:
+        """The share of zeros."""
+        return self.overall.percent
+
+    @property
+    def compression(self) -> float:
+        """Weights / nonzero weights, as in the paper: biases are not counted."""
+        return self.overall.compression
+
     def __str__(self) -> str:
-        rows = [('layer', 'nonzero', 'of', 'zeros', 'compression')]
-        for name, layer in [*self.layers.items(), ('total', self)]:
-            ratio = layer.total / layer.nonzero if layer.nonzero else float('inf')
-            rows.append(
-                (name, f'{layer.nonzero:,}', f'{layer.total:,}', f'{layer.percent:.2f} %',
-                 f'{ratio:.1f}x')
-            )  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        width = max(len('layer'), *map(len, self.layers))
         lines = [
-            '  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]  # fmt: skip
+            f'{"layer":{width}}  {"nonzero":>9}  {"of":>11}  {"zeros":>9}  {"compression":>11}'
+        ]
+        for name, counts in [*self.layers.items(), ('total', self.overall)]:
+            lines.append(
+                f'{name:{width}}  {counts.nonzero:>9,}  {counts.total:>11,}  '
+                f'{counts.percent:>7.2f} %  {counts.compression:>10.1f}x'
+            )
         rule = '-' * len(lines[0])
         return '\n'.join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
@@ -346,11 +355,11 @@ def sparsity(params: PyTree, threshold: float = 3.0) -> Sparsity:
       >>> import jax.numpy as jnp
       >>> import svd_jax as svd
       >>> print(svd.sparsity({'Dense_0': {'kernel': jnp.asarray([[2.0, 0.0, 0.0, 0.0]])}}))
-      layer    nonzero  of    zeros  compression
-      ------------------------------------------
-      Dense_0        1   4  75.00 %         4.0x
-      ------------------------------------------
-      total          1   4  75.00 %         4.0x
+      layer      nonzero           of      zeros  compression
+      -------------------------------------------------------
+      Dense_0          1            4    75.00 %         4.0x
+      -------------------------------------------------------
+      total            1            4    75.00 %         4.0x
     """
     counts = jax.device_get(nonzero(params, threshold))
     totals = {weight.path: int(np.prod(jnp.shape(weight.values))) for weight in weights(params)}
@@ -358,7 +367,7 @@ def sparsity(params: PyTree, threshold: float = 3.0) -> Sparsity:
         raise ValueError(f'the tree has no leaf named {" or ".join(WEIGHTS)}: nothing to count')
     return Sparsity(
         {
-            path.rpartition('/')[0] or path: LayerSparsity(int(counts[path]), total)
+            path.rpartition('/')[0] or path: Counts(int(counts[path]), total)
             for path, total in totals.items()
         }
     )

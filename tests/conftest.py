@@ -1,0 +1,25 @@
+"""Strict settings for every test: what JAX would let pass in silence is an error here."""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+
+# Arrays of different ranks broadcast only where the code says so, and a typed key is used once.
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_debug_key_reuse', True)
+
+hypothesis.settings.register_profile(
+    'default',
+    max_examples=25,
+    deadline=None,  # the first example compiles
+    derandomize='CI' in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile('default')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Prepended, so that what pyproject.toml lists may still make exceptions.
+    config.getini('filterwarnings').insert(0, 'error')

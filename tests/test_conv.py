@@ -1,0 +1,239 @@
+"""svd_jax.conv: convolution by patches is the convolution of lax, and its pooling Flax's."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import svd_jax as svd
+from svd_jax import conv, noise
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != 'cpu', reason='only CPUs convolve by patches'
+)
+
+# Batch, height, width, channels; kernel height and width; features.
+SHAPES = [
+    ((3, 9, 8, 2), (5, 5), 4),
+    ((1, 7, 7, 1), (3, 3), 2),
+    ((2, 6, 10, 3), (1, 4), 5),
+    ((4, 8, 5, 2), (3, 1), 1),
+    ((2, 4, 5, 3), (4, 5), 3),  # one output position
+    ((2, 4, 3, 2), (1, 1), 3),
+]
+every_shape = pytest.mark.parametrize('shape', SHAPES, ids=str)
+
+
+def case(shape, seed: int = 0):
+    x_shape, size, features = shape
+    rng = np.random.default_rng(seed)
+    kernel_shape = (*size, x_shape[-1], features)
+    x, kernel = rng.normal(size=x_shape), rng.normal(size=kernel_shape)
+    sigma2, bias = rng.uniform(0.1, 1, kernel_shape), rng.normal(size=features)
+    layer = nn.Conv(features, size, padding='VALID')
+    return layer, x, kernel, sigma2, bias
+
+
+def convolve64(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """By XLA's own convolution, in float64."""
+    with jax.enable_x64():
+        return np.asarray(
+            jax.lax.conv_general_dilated(
+                jnp.asarray(x, jnp.float64),
+                jnp.asarray(kernel, jnp.float64),
+                (1, 1),
+                'VALID',
+                dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+                precision='highest',
+            )
+        )
+
+
+def vjp64(function, arguments, cotangent):
+    with jax.enable_x64():
+        arrays = [jnp.asarray(a, jnp.float64) for a in arguments]
+        return [np.asarray(g) for g in jax.vjp(function, *arrays)[1](jnp.asarray(cotangent))]
+
+
+def lax_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision='highest'
+    )
+
+
+def float32(*arrays: np.ndarray) -> list[jax.Array]:
+    return [jnp.asarray(a, jnp.float32) for a in arrays]
+
+
+def assert_close(value, wanted) -> None:
+    np.testing.assert_allclose(value, wanted, rtol=2e-5, atol=2e-5)
+
+
+@every_shape
+def test_apply_is_the_convolution_with_its_gradients(shape) -> None:
+    layer, x, kernel, _, bias = case(shape)
+    assert conv.by_patches(layer, jnp.asarray(x, jnp.float32))
+
+    def apply(x, kernel, bias):
+        return conv.apply(layer, {'kernel': kernel, 'bias': bias}, x)
+
+    y, vjp = jax.vjp(apply, *float32(x, kernel, bias))
+    assert_close(y, convolve64(x, kernel) + bias)
+    cotangent = np.random.default_rng(1).normal(size=y.shape)
+    of_x, of_kernel = vjp64(lax_convolve, (x, kernel), cotangent)
+    wanted = of_x, of_kernel, cotangent.sum((0, 1, 2))
+    for gradient, w in zip(vjp(jnp.asarray(cotangent, jnp.float32)), wanted, strict=True):
+        assert_close(gradient, w)
+
+
+@every_shape
+def test_moments_are_two_convolutions_with_their_gradients(shape, monkeypatch) -> None:
+    layer, x, kernel, sigma2, bias = case(shape)
+    draws = []
+
+    def fake_noise(key, noise_shape):  # remembered, so that the sample can be computed apart
+        draws.append(np.random.default_rng(2).normal(size=noise_shape).astype(np.float32))
+        return jnp.asarray(draws[-1])
+
+    monkeypatch.setattr(noise, 'standard_normal', fake_noise)
+
+    def sample(x, kernel, sigma2):
+        params = {'kernel': kernel, 'bias': jnp.asarray(bias, jnp.float32)}
+        return conv.sample(layer, params, sigma2, x, jax.random.key(0))
+
+    y, vjp = jax.vjp(sample, *float32(x, kernel, sigma2))
+    eps = draws[0]
+    if eps.shape != y.shape:
+        eps = eps.transpose(3, 1, 2, 0)  # drawn with the batch innermost
+
+    def wanted(x, kernel, sigma2):
+        deviation = jnp.sqrt(lax_convolve(x * x, sigma2))
+        return lax_convolve(x, kernel) + deviation * jnp.asarray(eps, x.dtype)
+
+    with_deviation = convolve64(x, kernel) + np.sqrt(convolve64(x**2, sigma2)) * eps + bias
+    assert_close(y, with_deviation)
+    cotangent = np.random.default_rng(3).normal(size=y.shape)
+    gradients = vjp(jnp.asarray(cotangent, jnp.float32))
+    for gradient, w in zip(gradients, vjp64(wanted, (x, kernel, sigma2), cotangent), strict=True):
+        assert_close(gradient, w)
+
+
+def test_sample_has_the_moments_it_should() -> None:
+    # 40,000 examples of the same image: the library's own noise, scaled and placed right.
+    layer, x, kernel, sigma2, bias = case(((1, 4, 5, 2), (2, 3), 3))
+    n = 40_000
+    images, kernel32, sigma32, bias32 = float32(np.repeat(x, n, 0), kernel, sigma2, bias)
+    y = conv.sample(layer, {'kernel': kernel32, 'bias': bias32}, sigma32, images, jax.random.key(0))
+    mean, variance = convolve64(x, kernel)[0] + bias, convolve64(x**2, sigma2)[0]
+    y = np.float64(y)
+    assert np.all(np.abs(y.mean(0) - mean) < 4.5 * np.sqrt(variance / n))
+    assert np.all(np.abs(y.var(0) - variance) < 4.5 * variance * np.sqrt(2 / n))
+    # Independent per output position and per feature.
+    correlations = np.corrcoef(y.reshape(n, -1).T)[np.triu_indices(y[0].size, 1)]
+    assert np.all(np.abs(correlations) < 5 / np.sqrt(n))
+
+
+def test_without_bias() -> None:
+    layer, x, kernel, sigma2, _ = case(SHAPES[0])
+    layer, arrays = layer.clone(use_bias=False), float32(x, kernel, sigma2)
+    assert_close(conv.apply(layer, {'kernel': arrays[1]}, arrays[0]), convolve64(x, kernel))
+    y = conv.sample(
+        layer, {'kernel': arrays[1]}, arrays[2] * 1e-20, arrays[0], jax.random.key(0)
+    )
+    assert_close(y, convolve64(x, kernel))
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
+def test_result_has_the_layers_dtype(dtype) -> None:
+    layer, x, kernel, sigma2, bias = case(SHAPES[0])
+    layer, (x32, kernel32, sigma32, bias32) = layer.clone(dtype=dtype), float32(
+        x, kernel, sigma2, bias
+    )
+    params = {'kernel': kernel32, 'bias': bias32}
+    plain = layer.apply({'params': params}, x32)
+    for y in (
+        conv.apply(layer, params, x32),
+        conv.sample(layer, params, sigma32 * 1e-20, x32, jax.random.key(0)),
+    ):
+        assert y.dtype == plain.dtype == dtype
+        np.testing.assert_allclose(
+            *map(np.float32, (y, plain)), rtol=0.02, atol=0.15 if dtype == jnp.bfloat16 else 1e-4
+        )
+
+
+def test_jit_vmap_and_scan_agree_with_plain_calls() -> None:
+    layer, x, kernel, sigma2, bias = case(SHAPES[0])
+    images, kernel32, sigma32, bias32 = float32(np.stack([x, -x]), kernel, sigma2, bias)
+    params, keys = {'kernel': kernel32, 'bias': bias32}, jax.random.split(jax.random.key(0), 2)
+
+    def gradient(image, key):
+        def loss(params):
+            return jnp.sum(conv.sample(layer, params, sigma32, image, key) ** 2)
+
+        return jax.grad(loss)(params)['kernel']
+
+    plain = [gradient(image, key) for image, key in zip(images, keys, strict=True)]
+    vmapped = jax.jit(jax.vmap(gradient))(images, keys)
+    scanned = jax.lax.scan(lambda c, args: (c, gradient(*args)), 0, (images, keys))[1]
+    for values in (vmapped, scanned):
+        for value, wanted in zip(values, plain, strict=True):
+            np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        nn.Conv(2, (3, 3)),
+        nn.Conv(2, (3, 3), padding=1),
+        nn.Conv(2, (3, 3), padding='VALID', strides=2),
+        nn.Conv(2, (3, 3), padding='VALID', strides=(1, 2)),
+        nn.Conv(2, (3, 3), padding='VALID', kernel_dilation=2),
+        nn.Conv(2, (3, 3), padding='VALID', input_dilation=(2, 1)),
+        nn.Conv(2, (3, 3), padding='VALID', feature_group_count=2),
+        nn.Conv(2, (3, 3), padding='VALID', mask=jnp.ones((3, 3, 2, 2))),
+        nn.ConvLocal(2, (3, 3), padding='VALID'),
+        nn.ConvTranspose(2, (3, 3), padding='VALID'),
+    ],
+)
+def test_other_convolutions_are_left_to_xla(layer: nn.Module) -> None:
+    assert not conv.by_patches(layer, jnp.ones((2, 6, 6, 2)))
+
+
+@pytest.mark.parametrize('kernel_size', [(3,), (3, 3, 3)])
+def test_other_ranks_are_left_to_xla(kernel_size) -> None:
+    x = jnp.ones((2, *(5 for _ in kernel_size), 2))
+    assert not conv.by_patches(nn.Conv(2, kernel_size, padding='VALID'), x)
+    # A batch with more, or no, leading axes.
+    plane = nn.Conv(2, (3, 3), padding='VALID')
+    assert not conv.by_patches(plane, jnp.ones((2, 2, 5, 5, 2)))
+    assert not conv.by_patches(plane, jnp.ones((5, 5, 2)))
+
+
+@pytest.mark.parametrize('shape', [(3, 4, 6, 2), (1, 2, 2, 1), (2, 10, 2, 5)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_max_pool_is_flaxs_with_its_gradient(shape, dtype) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.permutation(np.prod(shape)).reshape(shape) / 64, dtype)
+    cotangent = jnp.asarray(rng.normal(size=(shape[0], shape[1] // 2, shape[2] // 2, shape[3])))
+    cotangent = cotangent.astype(dtype)
+    y, vjp = jax.vjp(svd.linen.max_pool_2x2, x)
+    wanted, wanted_vjp = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2)), x)
+    np.testing.assert_array_equal(y, wanted)
+    np.testing.assert_array_equal(vjp(cotangent)[0], wanted_vjp(cotangent)[0])
+
+
+def test_max_pool_gives_the_gradient_of_a_tie_to_the_first_as_flax_does() -> None:
+    # All patterns of ties among four numbers of two sizes.
+    x = jnp.asarray(np.stack([np.arange(16) >> k & 1 for k in range(4)]), jnp.float32)
+    x = x.reshape(2, 2, 16).transpose(2, 0, 1)[..., None]
+    gradient = jax.grad(lambda x: jnp.sum(svd.linen.max_pool_2x2(x)))(x)
+    wanted = jax.grad(lambda x: jnp.sum(nn.max_pool(x, (2, 2), (2, 2))))(x)
+    np.testing.assert_array_equal(gradient, wanted)
+    np.testing.assert_array_equal(gradient.sum((1, 2, 3)), np.ones(16))
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 1), (2, 4, 3, 1), (4, 4, 1)])
+def test_max_pool_refuses_what_it_cannot_do(shape) -> None:
+    with pytest.raises(ValueError, match=r'even height, even width.*flax.linen.max_pool'):
+        svd.linen.max_pool_2x2(jnp.ones(shape))
