@@ -1,6 +1,6 @@
 """LeNet-300-100 on MNIST by Sparse Variational Dropout::
 
-    python -m experiments.lenet300 [--data-dir DIR] [--epochs 200] [--seed 0]
+python -m experiments.lenet300 [--data-dir DIR] [--epochs 200] [--seed 0]
 """
 
 from experiments import config, loop, models

@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from svd_jax import tree
 
@@ -104,24 +105,39 @@ def classification_loss(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array
     return loss, {'error': jnp.mean(jnp.argmax(logits, -1) != labels)}
 
 
+def _reads(jaxpr: Jaxpr) -> set[int]:
+    """Which of its inputs a jaxpr reads, by position, looking into nested calls."""
+    read = {id(v) for v in jaxpr.outvars}
+    for equation in jaxpr.eqns:
+        nested = [p for p in equation.params.values() if isinstance(p, (ClosedJaxpr, Jaxpr))]
+        called = getattr(nested[0], 'jaxpr', nested[0]) if len(nested) == 1 else None
+        if called is not None and len(called.invars) == len(equation.invars):
+            read |= {id(equation.invars[i]) for i in _reads(called)}
+        else:
+            read |= {id(v) for v in equation.invars}
+    return {i for i, v in enumerate(jaxpr.invars) if id(v) in read}
+
+
 def _unused_log_sigma2(apply: Callable[..., Any], params: PyTree, *args: Any) -> list[str]:
     """Paths of the ``log_sigma2`` leaves that a function of the parameters never reads."""
-    jaxpr = jax.make_jaxpr(apply)(params, *args).jaxpr
-    used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
-    used |= {id(v) for v in jaxpr.outvars}
+    read = _reads(jax.make_jaxpr(apply)(params, *args).jaxpr)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return [
         jax.tree_util.keystr(path, simple=True, separator='/')
-        for (path, _), variable in zip(leaves, jaxpr.invars, strict=False)
-        if getattr(path[-1], 'key', None) == tree.LOG_SIGMA2 and id(variable) not in used
+        for i, (path, _) in enumerate(leaves)
+        if getattr(path[-1], 'key', None) == tree.LOG_SIGMA2 and i not in read
     ]
 
 
-def _mean_over_samples(values: PyTree) -> PyTree:
-    def mean(x: jax.Array) -> jax.Array:
-        return jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
-
-    return jax.tree.map(mean, values)
+def _mean_over_samples(
+    loss: jax.Array, aux: tuple[Metrics, dict[str, PyTree]]
+) -> tuple[jax.Array, tuple[Metrics, dict[str, PyTree]]]:
+    """Averages over the leading axis; of integers that the model carries, the first stands."""
+    metrics, collections = aux
+    collections = jax.tree.map(
+        lambda x: x.mean(axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0], collections
+    )
+    return loss.mean(), ({k: v.mean(axis=0) for k, v in metrics.items()}, collections)
 
 
 def make_train_step(
@@ -143,7 +159,7 @@ def make_train_step(
       loss_fn: called as ``loss_fn(outputs, targets)``, returns the negative log-likelihood, which
         is averaged if it is not a scalar, or ``(that, metrics)``;
         for example :func:`classification_loss`.
-      tx: any optax optimiser.
+      tx: any optax optimiser, except those that search along a line (lbfgs).
       num_data: the number of examples in the training set; the KL is divided by it.
       num_samples: draws of the noise per step, over which the loss is averaged.
       kl_weight: a number or a function of the step, such as :func:`kl_warmup`.
@@ -174,6 +190,7 @@ def make_train_step(
     for name, value in (('num_data', num_data), ('num_samples', num_samples)):
         if value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}')
+    tx = optax.with_extra_args_support(tx)  # some want to know the loss
 
     def forward(
         params: PyTree, collections: dict[str, PyTree], inputs: Any, key: jax.Array
@@ -203,7 +220,7 @@ def make_train_step(
         if num_samples == 1:
             return sample_loss(params, state, batch, keys[0])
         over_keys = jax.vmap(sample_loss, in_axes=(None, None, None, 0))
-        return _mean_over_samples(over_keys(params, state, batch, keys))
+        return _mean_over_samples(*over_keys(params, state, batch, keys))
 
     def step(
         state: TrainState, batch: tuple[Any, Any], key: jax.Array
@@ -218,7 +235,7 @@ def make_train_step(
         (loss, (metrics, collections)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(
             state.params, state, batch, keys
         )
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=loss)
         moved = TrainState(
             state.step + 1, optax.apply_updates(state.params, updates), opt_state, collections
         )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core.meta import AxisMetadata
 
 from svd_jax import math
 
@@ -56,17 +57,22 @@ def _is_weight(name: str, leaf: Any) -> bool:
 
 def _weight_of(node: Mapping[str, Any], path: str) -> Weight | None:
     """The weight that a mapping holds itself, after checking the convention."""
+    boxed = [name for name in WEIGHTS if isinstance(node.get(name), AxisMetadata)]
+    if boxed:
+        raise ValueError(
+            f'{path}{boxed[0]} is boxed with metadata: pass flax.linen.meta.unbox(params)'
+        )
     names = [name for name in node if _is_weight(name, node[name])]
     log_sigma2 = node.get(LOG_SIGMA2)
+    if len(names) > 1:
+        raise ValueError(
+            f'{path}{names[0]} stands beside {names[1]}: one {LOG_SIGMA2} cannot serve both'
+        )
     if log_sigma2 is not None:
         if not names:
             raise ValueError(
                 f'{path}{LOG_SIGMA2} has no {" or ".join(WEIGHTS)} beside it: put it beside the '
                 'weight whose posterior it is, or remove it'
-            )
-        if len(names) > 1:
-            raise ValueError(
-                f'{path}{LOG_SIGMA2} stands beside {" and ".join(names)}: keep one of them there'
             )
         if jnp.shape(log_sigma2) != jnp.shape(node[names[0]]):
             raise ValueError(

@@ -1,6 +1,7 @@
 """Strict settings for every test: what JAX would let pass in silence is an error here."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -23,3 +24,12 @@ hypothesis.settings.load_profile('default')
 def pytest_configure(config: pytest.Config) -> None:
     # Prepended, so that what pyproject.toml lists may still make exceptions.
     config.getini('filterwarnings').insert(0, 'error')
+
+
+@pytest.fixture(scope='module')
+def quick_compilation() -> Iterator[None]:
+    """For tests that compile much and compute little: half the time of the whole suite."""
+    before = jax.config.read('jax_disable_most_optimizations')
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)

@@ -138,17 +138,16 @@ def test_without_bias() -> None:
     layer, x, kernel, sigma2, _ = case(SHAPES[0])
     layer, arrays = layer.clone(use_bias=False), float32(x, kernel, sigma2)
     assert_close(conv.apply(layer, {'kernel': arrays[1]}, arrays[0]), convolve64(x, kernel))
-    y = conv.sample(
-        layer, {'kernel': arrays[1]}, arrays[2] * 1e-20, arrays[0], jax.random.key(0)
-    )
+    y = conv.sample(layer, {'kernel': arrays[1]}, arrays[2] * 1e-20, arrays[0], jax.random.key(0))
     assert_close(y, convolve64(x, kernel))
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
 def test_result_has_the_layers_dtype(dtype) -> None:
     layer, x, kernel, sigma2, bias = case(SHAPES[0])
-    layer, (x32, kernel32, sigma32, bias32) = layer.clone(dtype=dtype), float32(
-        x, kernel, sigma2, bias
+    layer, (x32, kernel32, sigma32, bias32) = (
+        layer.clone(dtype=dtype),
+        float32(x, kernel, sigma2, bias),
     )
     params = {'kernel': kernel32, 'bias': bias32}
     plain = layer.apply({'params': params}, x32)

@@ -77,9 +77,7 @@ def test_a_key_determines_its_draws(make_key) -> None:
 
 
 def test_raw_keys_draw_what_typed_keys_draw() -> None:
-    np.testing.assert_array_equal(
-        draw(jax.random.PRNGKey(8), (9,)), draw(jax.random.key(8), (9,))
-    )
+    np.testing.assert_array_equal(draw(jax.random.PRNGKey(8), (9,)), draw(jax.random.key(8), (9,)))
 
 
 @pytest.mark.parametrize('shape', [(), (7,), (2, 4)])

@@ -11,6 +11,7 @@ import pytest
 
 import svd_jax as svd
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 NUM_DATA = 50
 MODEL = svd.linen.Dense(3, log_sigma2_init=-2.0)
 
@@ -263,7 +264,8 @@ def test_losses_per_example_are_averaged_and_metrics_are_optional() -> None:
     assert_trees_equal(*found, rtol=1e-5, atol=1e-7)
 
 
-def test_a_log_sigma2_that_no_layer_reads_is_an_error_that_names_it() -> None:
+@pytest.mark.parametrize('inside', [lambda f: f, jax.jit, jax.checkpoint], ids=lambda f: f.__name__)
+def test_a_log_sigma2_that_no_layer_reads_is_an_error_that_names_it(inside) -> None:
     class Mixed(nn.Module):  # a variational tree, one of whose layers is plain
         @nn.compact
         def __call__(self, x):
@@ -273,7 +275,11 @@ def test_a_log_sigma2_that_no_layer_reads_is_an_error_that_names_it() -> None:
     model, tx, (x, labels) = Mixed(), optax.sgd(0.1), batch()
     params = model.init(jax.random.key(0), x)['params']
     params = svd.variational(params, where='second')
-    step = svd.make_train_step(model.apply, svd.classification_loss, tx, NUM_DATA)
+
+    def apply_fn(variables, x, rngs):
+        return inside(lambda v, x, rngs: model.apply(v, x, rngs=rngs))(variables, x, rngs)
+
+    step = svd.make_train_step(apply_fn, svd.classification_loss, tx, NUM_DATA)
     with pytest.raises(ValueError, match=r'never reads second/log_sigma2: .*svd\.linen') as error:
         step(svd.TrainState.create({'params': params}, tx), (x, labels), jax.random.key(0))
     assert 'first' not in str(error.value)
