@@ -279,7 +279,7 @@ def _decode(name: str, spec: Spec, root: Path) -> Dataset:
     # TFDS advises installing OpenCV at the first image; for tiny images it makes no odds.
     logging.getLogger('absl').setLevel(logging.ERROR)
     _console.print(f'Decoding {name} from {_version_dir(spec, root)} (once)')
-    arrays = []
+    arrays: list[np.ndarray] = []
     try:
         import tensorflow_datasets as tfds  # Here, because it takes seconds.
 

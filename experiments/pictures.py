@@ -143,7 +143,7 @@ def save_frame(directory: Path, epoch: int, frame: Frame) -> None:
     path = directory / f'{epoch:05d}.npz'
     temporary = path.with_suffix('.tmp')
     with temporary.open('wb') as file:
-        np.savez_compressed(file, **frame)
+        np.savez_compressed(file, allow_pickle=False, **frame)
     temporary.replace(path)
 
 

@@ -110,7 +110,8 @@ def _reads(jaxpr: Jaxpr) -> set[int]:
     read = {id(v) for v in jaxpr.outvars}
     for equation in jaxpr.eqns:
         nested = [p for p in equation.params.values() if isinstance(p, (ClosedJaxpr, Jaxpr))]
-        called = getattr(nested[0], 'jaxpr', nested[0]) if len(nested) == 1 else None
+        called = nested[0] if len(nested) == 1 else None
+        called = called.jaxpr if isinstance(called, ClosedJaxpr) else called
         if called is not None and len(called.invars) == len(equation.invars):
             read |= {id(equation.invars[i]) for i in _reads(called)}
         else:
