@@ -42,7 +42,8 @@ class Config:
     decay_from: float = 0.0
     """Share of the epochs after which the learning rate starts to fall."""
     warmup: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar='BEGIN END')] = None
-    """Epochs between which the KL weight grows from 0 to 1; if not given, 5 20 or less."""
+    """Epochs between which the KL weight grows from 0 to 1; if not given, 5 20, but at most a
+    tenth and three quarters of the epochs."""
     kl: Literal['molchanov', 'exact', 'ard'] = 'molchanov'
     """Which KL divergence; see docs/mathematics.md."""
     log_sigma2_init: float = -10.0
@@ -95,7 +96,9 @@ class Config:
 
     @property
     def kl_warmup(self) -> tuple[float, float]:
-        return self.warmup or (min(5.0, self.epochs / 10), min(20.0, self.epochs / 2))
+        # A short run needs its share: half of 20 epochs gave 1.90 % at 46 times, three quarters
+        # 1.84 % at 36, for lenet300 on 5,000 held-out training images.
+        return self.warmup or (min(5.0, self.epochs / 10), min(20.0, 0.75 * self.epochs))
 
     def folder(self, experiment: str) -> Path:
         return self.out or Path('runs') / f'{experiment}-{self.method}-seed{self.seed}'
@@ -104,6 +107,7 @@ class Config:
         """What determines the result: two runs that agree in it end with the same network."""
         elsewhere = ('out', 'resume', 'data_dir', 'checkpoint_seconds', 'dataset')
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}
+        fields['warmup'] = self.kl_warmup
         return json.loads(json.dumps(fields, default=str))
 
 

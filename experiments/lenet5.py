@@ -1,7 +1,4 @@
-"""LeNet-5-Caffe on MNIST by Sparse Variational Dropout::
-
-python -m experiments.lenet5 [--data-dir DIR] [--epochs 200] [--seed 0]
-"""
+"""LeNet-5-Caffe on MNIST by Sparse Variational Dropout."""
 
 from experiments import config, loop, models
 
