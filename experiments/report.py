@@ -127,24 +127,26 @@ class Report:
         # What came after the checkpoint goes.
         path = self._out / 'metrics.jsonl'
         _write(path, ''.join(json.dumps(row) + '\n' for row in self.history))
-        self._metrics = path.open('a')
-        folder = self._out / 'tensorboard'
-        folder.mkdir(exist_ok=True)
-        # Not SummaryWriter: its thread dies of a full disk, and the next row waits for it forever.
-        self._events = EventsWriter(str(folder / 'events'))
-        start = SessionLog(status=SessionLog.START)  # TensorBoard forgets this epoch and later ones
-        self._events.write_event(
-            Event(wall_time=time.time(), step=self._done + 1, session_log=start)
-        )
-        if self._console.is_terminal:
-            self._live.start()
+        with contextlib.ExitStack() as opened:  # a full disk may come between any two lines
+            self._metrics = opened.enter_context(path.open('a'))
+            folder = self._out / 'tensorboard'
+            folder.mkdir(exist_ok=True)
+            # Not SummaryWriter: its thread dies of a full disk, and the next row waits for it.
+            self._events = EventsWriter(str(folder / 'events'))
+            opened.callback(self._events.close)
+            # TensorBoard forgets this epoch and later ones.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(
+                Event(wall_time=time.time(), step=self._done + 1, session_log=start)
+            )
+            if self._console.is_terminal:
+                self._live.start()
+                opened.callback(self._live.stop)
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
-        self._metrics.close()
-        self._events.close()
+        self._opened.close()
 
     def advance(self, done: int) -> None:
         """Steps of the current epoch that are done."""
