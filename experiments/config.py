@@ -30,7 +30,8 @@ class Config:
     out: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Output folder; runs/EXPERIMENT-METHOD-seedSEED if not given."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run in the output folder from its last checkpoint, to the same final bits."""
+    """Go on with the run in the output folder from its last checkpoint, to the same final bits (on
+    the same machine, with as many cores)."""
     method: Literal['svd', 'dense'] = 'svd'
     """svd: Sparse Variational Dropout; dense: the plain network, through the same loop."""
     pretrained: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
