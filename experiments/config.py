@@ -30,8 +30,7 @@ class Config:
     out: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Output folder; runs/EXPERIMENT-METHOD-seedSEED if not given."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run in the output folder from its last checkpoint, to the same final bits (on
-    the same machine, with as many cores)."""
+    """Go on from the last checkpoint, to the same final bits (same machine, as many cores)."""
     method: Literal['svd', 'dense'] = 'svd'
     """svd: Sparse Variational Dropout; dense: the plain network, through the same loop."""
     pretrained: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
@@ -43,8 +42,7 @@ class Config:
     decay_from: float = 0.0
     """Share of the epochs after which the learning rate starts to fall."""
     warmup: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar='BEGIN END')] = None
-    """Epochs between which the KL weight grows from 0 to 1; if not given, 5 20, but at most a
-    tenth and three quarters of the epochs."""
+    """Epochs in which the KL weight grows from 0 to 1; if not given, 5 20, less for short runs."""
     kl: Literal['molchanov', 'exact', 'ard'] = 'molchanov'
     """Which KL divergence; see docs/mathematics.md."""
     log_sigma2_init: float = -10.0
