@@ -15,7 +15,7 @@ def _blocks(language):
     return re.findall(rf'^```{language}\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_ten_lines_run():
+def test_the_code_runs():
     (code,) = _blocks('python')
     names = {
         'key': jax.random.key(0),
