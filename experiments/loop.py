@@ -50,11 +50,14 @@ def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, 
         dataset = data.validation_split(dataset, config.validation)
     data.epoch_permutation(config.seed, 0, len(dataset.train_labels), config.batch_size)  # checks
     out = config.folder(experiment)
-    with _claimed(out, _identity(experiment, config, dataset), config.resume):
-        return _train(experiment, Training(network, config, dataset), out, console)
+    identity = _identity(experiment, config, dataset)
+    with _claimed(out, identity, config.resume):
+        return _train(experiment, Training(network, config, dataset), out, identity, console)
 
 
-def _train(experiment: str, training: 'Training', out: Path, console: Console) -> dict[str, Any]:
+def _train(
+    experiment: str, training: 'Training', out: Path, identity: dict[str, Any], console: Console
+) -> dict[str, Any]:
     """Trains from the last checkpoint, or from the start, to the summary."""
     config = training.config
     checkpoints = Checkpoints(
@@ -62,7 +65,7 @@ def _train(experiment: str, training: 'Training', out: Path, console: Console) -
     )
     state, done, seconds = _start(experiment, training, checkpoints, console)
     # Only now: a run that could not start leaves its folder free.
-    write_json(out / 'run.json', _identity(experiment, config, training.dataset))
+    write_json(out / 'run.json', identity)
     if done < config.epochs:
         (out / 'summary.json').unlink(missing_ok=True)  # its being there says: complete
     history = read_history(out / 'metrics.jsonl', done)
