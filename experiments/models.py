@@ -1,6 +1,6 @@
-"""The paper's networks for MNIST.
+"""The paper's networks.
 
-Each takes images (batch, 28, 28, 1) and returns ``(logits, kl)``. Whether they are variational or
+Each takes images and returns ``(logits, kl)``. Whether they are variational or
 dense is a matter of the tree that they are applied to.
 """
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from svd_jax.linen import Conv, Dense, max_pool_2x2
 
 
 class LeNet300(nn.Module):
-    """LeNet-300-100: 784-300-100-10, 266,200 weights.
+    """LeNet-300-100: 784-300-100-10, 266,200 weights; images (batch, 28, 28, 1).
 
     Attributes:
       options: fields of :class:`svd_jax.linen.Variational`, for every layer.
@@ -51,3 +52,41 @@ class LeNet5(nn.Module):
         x, kl_2 = Dense(500, **options)(x, deterministic)
         x, kl_3 = Dense(10, **options)(nn.relu(x), deterministic)
         return x, kl_0 + kl_1 + kl_2 + kl_3
+
+
+class VGGLike(nn.Module):
+    """The paper's VGG-like network for CIFAR: images (batch, 32, 32, 3).
+
+    Thirteen 3x3 convolutions in five stages, each stage ending with a 2x2 pool, and two dense
+    layers, all but the last with batch normalisation (Zagoruyko 2015).
+
+    Attributes:
+      width: factor of all widths, the paper's k.
+      classes: to tell apart.
+      options: fields of :class:`svd_jax.linen.Variational`, for every layer.
+    """
+
+    width: float = 1.0
+    classes: int = 10
+    options: Any = ()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = False) -> tuple[jax.Array, jax.Array]:
+        options = dict(self.options)
+        total = jnp.zeros(())
+
+        def normalised(layer: nn.Module, x: jax.Array) -> jax.Array:
+            nonlocal total
+            x, kl = layer(x, deterministic)
+            total += kl
+            return nn.relu(nn.BatchNorm(use_running_average=deterministic, momentum=0.9)(x))
+
+        for channels, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            features = round(self.width * channels)
+            for _ in range(depth):
+                x = normalised(Conv(features, (3, 3), **options), x)
+            x = max_pool_2x2(x)
+        x = x.reshape(x.shape[0], -1)
+        x = normalised(Dense(round(self.width * 512), **options), x)
+        x, kl = Dense(self.classes, **options)(x, deterministic)
+        return x, total + kl
