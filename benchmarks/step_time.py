@@ -179,8 +179,8 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 def _print(workload: str, results: list[dict[str, Any]], console: Console) -> None:
     table = Table(title=f'{workload}: a training step')
     table.add_column('', no_wrap=True)
-    for heading in ('ms', 'p10', 'p90', 'MiB', 'compile s', 'disturbed'):
-        table.add_column(heading, justify='right')
+    for heading in ('ms', 'p10', 'p90', 'MiB', 'compile s'):
+        table.add_column(heading, justify='right', no_wrap=True)
     for result in results:
         variant = Variant(**{name: result[name] for name in Variant._fields})
         times = result['step_ms']
@@ -189,9 +189,11 @@ def _print(workload: str, results: list[dict[str, Any]], console: Console) -> No
             *(f'{times[name]:.2f}' for name in ('median', 'p10', 'p90')),
             f'{result["peak_mib"]:.0f}',
             f'{result["compile_seconds"]:.1f}',
-            f'{result["disturbed_rounds"]} of {len(result["rounds_ms"])}',
         )
     console.print(table)
+    disturbed = sum(result['disturbed_rounds'] for result in results)
+    if disturbed:
+        console.print(f'chunks during which others had the CPU: {disturbed}', style='yellow')
     for name, value in ratios(results).items():
         console.print(f'{name}: {value:.2f}')
     console.print()
