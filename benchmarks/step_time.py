@@ -2,18 +2,16 @@
 
 Every variant runs in a process of its own. They take turns, a chunk of steps each, for several
 rounds; a chunk during which other processes had the CPU is run again. So the ratios hold where the
-machine's speed drifts; times from different runs do not compare. The peers need the extra
-``bench``; what is not installed is left out, and the table says so.
+machine's speed drifts; times from different runs do not compare. It needs the extra ``bench``; a
+peer that is not installed is left out, and the run says so.
 
     python -m benchmarks.step_time --workloads lenet300 lenet5 --out step_time.json
 """
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,12 +25,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.workloads import Variant, variants
+from experiments.environment import environment
+from experiments.report import write_json
 
 # Of one core, while a chunk runs: more than this, and the chunk counts as disturbed.
 _DISTURBED = 0.1
 _ATTEMPTS = 4
 _MODULES = {'cplxmodule': 'cplxmodule', 'pytorch-ard': 'torch_ard'}
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'torch', 'cplxmodule', 'pytorch-ard')
+_PACKAGES = ('torch', 'cplxmodule', 'pytorch-ard')
 
 WorkloadName = Literal['lenet300', 'lenet5', 'vgg', 'transformer']
 
@@ -199,23 +199,6 @@ def _print(workload: str, results: list[dict[str, Any]], console: Console) -> No
     console.print()
 
 
-def _environment() -> dict[str, Any]:
-    import jax  # late: the workers shall have the machine, and on a GPU its memory, to themselves
-
-    device = jax.devices()[0]
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        'device': f'{device.platform}: {device.device_kind}',
-        'cores': len(os.sched_getaffinity(0)),
-        'versions': {'python': platform.python_version(), **versions},
-    }
-
-
 def main(options: Options) -> None:
     console = Console()
     measured: dict[str, Any] = {}
@@ -224,8 +207,10 @@ def main(options: Options) -> None:
         _print(workload, results, console)
         measured[workload] = {'variants': results, 'ratios': ratios(results)}
     if options.out:
-        report = {**_environment(), 'workloads': measured}
-        options.out.write_text(json.dumps(report, indent=2) + '\n')
+        # Only now is a device taken: the workers had it, and a GPU's memory, to themselves.
+        cores = len(os.sched_getaffinity(0))
+        facts = {**environment(*_PACKAGES), 'cores': cores, 'workloads': measured}
+        write_json(options.out, facts)
         console.print(f'written: {options.out}')
 
 

@@ -1,9 +1,7 @@
 """The training loop that all experiments share."""
 
 import contextlib
-import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -22,6 +20,7 @@ import svd_jax as svd
 from experiments import data, pictures
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, fingerprint
+from experiments.environment import environment
 from experiments.errors import UsageError
 from experiments.report import Report, lock, read_history, write_json
 
@@ -90,7 +89,7 @@ def _train(
         'experiment': experiment, 'recipe': 'paper', **training.results(state),
         'train_seconds': seconds,
         'steps_per_second': config.epochs * training.steps / seconds,
-        **_environment(),
+        **environment(),
     }  # fmt: skip
     frames = pictures.load_frames(out / 'frames', config.epochs)
     pictures.write_all(out, jax.device_get(state.params), report.history, config.threshold, frames)
@@ -345,20 +344,6 @@ def _start(
     dense, facts = found
     _warn(console, f'starting from the dense weights after epoch {facts["epoch"]} in {folder}')
     return training.init(dense.params), 0, 0.0
-
-
-def _environment() -> dict[str, Any]:
-    device = jax.devices()[0]
-    packages = ('svd_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
-    return {
-        'device': f'{device.platform}: {device.device_kind}',
-        'versions': {'python': platform.python_version()}
-        | {name: _version(name) for name in packages},
-    }
-
-
-def _version(name: str) -> str:
-    return svd.__version__ if name == 'svd_jax' else importlib.metadata.version(name)
 
 
 def _say(console: Console, out: Path, params: Any, summary: dict[str, Any]) -> None:

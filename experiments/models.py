@@ -1,7 +1,7 @@
 """The paper's networks.
 
-Each takes images and returns ``(logits, kl)``. Whether they are variational or
-dense is a matter of the tree that they are applied to.
+Each takes images and returns ``(logits, kl)``. Whether they are variational or dense is a matter of
+the tree that they are applied to.
 """
 
 from typing import Any
