@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from svd_jax import math, noise
+from svd_jax import backend, math, noise
 
 Params = Mapping[str, jax.Array]
 Pair = tuple[jax.Array, jax.Array]
@@ -27,7 +27,7 @@ _TURN = (3, 1, 2, 0)
 def by_patches(layer: nn.Module, x: jax.Array) -> bool:
     """Whether this backend computes this layer faster here than by XLA's convolution."""
     return (
-        jax.default_backend() == 'cpu'
+        backend.as_on_cpu()
         and type(layer) is nn.Conv
         and x.ndim == 4
         and not isinstance(layer.kernel_size, int)
@@ -195,6 +195,6 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
             f'max_pool_2x2 needs (batch, even height, even width, channels), got {x.shape}: pad '
             'it, or use flax.linen.max_pool'
         )
-    if jax.default_backend() == 'cpu':
+    if backend.as_on_cpu():
         return _max_pool(x.transpose(_TURN)).transpose(_TURN)
     return nn.max_pool(x, (2, 2), (2, 2))

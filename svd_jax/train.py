@@ -14,9 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from svd_jax import tree
+from svd_jax import backend, tree
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -236,14 +237,21 @@ def make_train_step(
         (loss, (metrics, collections)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(
             state.params, state, batch, keys
         )
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=loss)
-        moved = TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), opt_state, collections
-        )
         finite = jnp.isfinite(loss)
         for gradient in jax.tree.leaves(gradients):
             finite &= jnp.all(jnp.isfinite(gradient))
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+
+        def moved(state: TrainState, gradients: PyTree) -> TrainState:
+            updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=loss)
+            params = optax.apply_updates(state.params, updates)
+            return TrainState(state.step + 1, params, opt_state, collections)
+
+        if backend.as_on_cpu():
+            kept = lax.cond(finite, moved, lambda state, _: state, state, gradients)
+        else:
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), moved(state, gradients), state
+            )
         counts = tree.nonzero(state.params, threshold)
         total = sum(weight.values.size for weight in tree.weights(state.params))
         metrics['sparsity'] = 1 - sum(counts.values()) / total
