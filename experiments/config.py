@@ -27,6 +27,8 @@ class Config:
     """Passes over the training set."""
     seed: int = 0
     """Of the initial weights, the noise and the order of the examples."""
+    seeds: int = 1
+    """Train so many at once, with SEED and the seeds after it, each as it would train alone."""
     out: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Output folder; runs/EXPERIMENT-METHOD-seedSEED if not given."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -45,6 +47,8 @@ class Config:
     """Epochs in which the KL weight grows from 0 to 1; if not given, 5 20, less for short runs."""
     kl: Literal['molchanov', 'exact', 'ard'] = 'molchanov'
     """Which KL divergence; see docs/mathematics.md."""
+    kl_weight: Annotated[tuple[float, ...], tyro.conf.arg(metavar='WEIGHT ...')] = (1.0,)
+    """Of the KL divergence after the warm-up; 1 is the bound. Several train at once."""
     log_sigma2_init: float = -10.0
     """The initial log variance of the noise on every weight."""
     threshold: float = 3.0
@@ -60,16 +64,25 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ('epochs', 'batch_size', 'num_samples'):
+        for name in ('epochs', 'batch_size', 'num_samples', 'seeds'):
             _require(getattr(self, name) >= 1, name, 'must be at least 1')
         _require(self.validation >= 0, 'validation', 'must be at least 0')
         # JAX would take a larger one modulo 2**32: two seeds would be the same.
-        _require(0 <= self.seed < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
+        last = self.seed + self.seeds - 1
+        _require(0 <= self.seed <= last < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
         _require(self.learning_rate > 0, 'learning_rate', 'must be above 0')
         _require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')
         begin, end = self.kl_warmup
         _require(0 <= begin <= end, 'warmup', 'needs two epochs, 0 <= BEGIN <= END')
         _require(self.checkpoint_seconds >= 0, 'checkpoint_seconds', 'must be at least 0')
+        _require(
+            len(set(self.kl_weight)) == len(self.kl_weight) > 0, 'kl_weight',
+            'needs one weight or several different ones',
+        )  # fmt: skip
+        _require(min(self.kl_weight) >= 0, 'kl_weight', 'must be at least 0')
+        _require(
+            self.method == 'svd' or self.kl_weight == (1.0,), 'kl_weight', 'is for --method svd'
+        )
         if self.pretrained is not None and self.method == 'dense':
             raise UsageError('--pretrained starts --method svd: leave it out for --method dense')
 
@@ -86,6 +99,11 @@ class Config:
             elif get_origin(kind) is Literal:
                 choices = get_args(kind)
                 _require(value in choices, name, f'must be one of {choices}, not {value!r}')
+        weights = self.kl_weight
+        _require(
+            isinstance(weights, tuple) and all(map(_is_finite, weights)), 'kl_weight',
+            f'needs finite numbers, not {weights!r}',
+        )  # fmt: skip
         if self.warmup is not None:
             two = isinstance(self.warmup, (tuple, list)) and len(self.warmup) == 2
             _require(
@@ -100,7 +118,20 @@ class Config:
         return self.warmup or (min(5.0, self.epochs / 10), min(20.0, 0.75 * self.epochs))
 
     def folder(self, experiment: str) -> Path:
-        return self.out or Path('runs') / f'{experiment}-{self.method}-seed{self.seed}'
+        seeds = f'seed{self.seed}' if self.seeds == 1 else f'seeds{self.seed}-{self._seeds()[-1]}'
+        return self.out or Path('runs') / f'{experiment}-{self.method}-{seeds}'
+
+    def _seeds(self) -> range:
+        return range(self.seed, self.seed + self.seeds)
+
+    def alone(self) -> dict[str, 'Config']:
+        """The runs that train at once, each with the options that it would have alone, by name."""
+        return {
+            f'seed{seed}' + (f'-kl{weight:g}' if len(self.kl_weight) > 1 else ''):
+            dataclasses.replace(self, seed=seed, seeds=1, kl_weight=(weight,))
+            for seed in self._seeds()
+            for weight in self.kl_weight
+        }  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """What determines the result: two runs that agree in it end with the same network."""

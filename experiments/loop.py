@@ -10,11 +10,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 import svd_jax as svd
 from experiments import data, pictures
@@ -22,15 +21,15 @@ from experiments.checkpoint import Checkpoints
 from experiments.config import Config, fingerprint
 from experiments.environment import environment
 from experiments.errors import UsageError
-from experiments.report import Report, lock, read_history, write_json
-
-# Steps per dispatch: few enough for a lively progress bar, enough to hide the dispatch.
-_CHUNK = 100
-_EVALUATION_BATCH = 1000
+from experiments.report import Report, lock, mean_row, read_history, write_json
+from experiments.training import Training
 
 
 def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, Any]:
     """Trains, evaluates and writes everything into the output folder.
+
+    Several networks at once (``--seeds``, ``--kl-weight``) have a folder each inside of it, with
+    what each would have written alone; the output folder then holds their means.
 
     Args:
       experiment: the name under which checkpoints and the summary go.
@@ -49,213 +48,118 @@ def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, 
         dataset = data.validation_split(dataset, config.validation)
     data.epoch_permutation(config.seed, 0, len(dataset.train_labels), config.batch_size)  # checks
     out = config.folder(experiment)
-    identity = _identity(experiment, config, dataset)
-    with _claimed(out, identity, config.resume):
-        return _train(experiment, Training(network, config, dataset), out, identity, console)
+    facts = {
+        'experiment': experiment, 'dataset': dataset.name, 'examples': fingerprint(*dataset[1:]),
+    }  # fmt: skip
+    with _claimed(out, facts | config.identity(), config.resume):
+        return _train(experiment, Training(network, config, dataset), out, facts, console)
 
 
 def _train(
-    experiment: str, training: 'Training', out: Path, identity: dict[str, Any], console: Console
+    experiment: str, training: Training, out: Path, facts: dict[str, Any], console: Console
 ) -> dict[str, Any]:
     """Trains from the last checkpoint, or from the start, to the summary."""
     config = training.config
-    checkpoints = Checkpoints(
-        out / 'checkpoints', experiment, 'start again with another --out', partial(_warn, console)
-    )
+    checkpoints = _checkpoints(experiment, out, console)
     state, done, seconds = _start(experiment, training, checkpoints, console)
     # Only now: a run that could not start leaves its folder free.
-    write_json(out / 'run.json', identity)
+    write_json(out / 'run.json', facts | config.identity())
     if done < config.epochs:
         (out / 'summary.json').unlink(missing_ok=True)  # its being there says: complete
-    history = read_history(out / 'metrics.jsonl', done)
+    alone = config.alone()
+    folders = [out] if len(alone) == 1 else [out / name for name in alone]
+    for folder, own in zip(folders, alone.values(), strict=True):
+        folder.mkdir(exist_ok=True)
+        write_json(folder / 'run.json', facts | own.identity())
     if not done:
-        pictures.save_frame(out / 'frames', 0, training.frame(state))
-    title = f'{experiment}, {config.method}, {training.dataset.name}, seed {config.seed}'
+        _save_frames(folders, 0, training, state)
+    title = f'{experiment}, {config.method}, {facts["dataset"]}, ' + ', '.join(alone)
     if config.validation:
         title += f', tested on {config.validation} held-out images'
-    with Report(out, title, history, done, config.epochs, training.steps, console) as report:
+    with contextlib.ExitStack() as opened:
+
+        def report(folder: Path, console: Console) -> Report:
+            history = read_history(folder / 'metrics.jsonl', done)
+            return opened.enter_context(
+                Report(folder, title, history, done, config.epochs, training.steps, console)
+            )
+
+        # What is shown of several networks is their mean; each has its own files.
+        shown = report(out, console)
+        quiet = Console(quiet=True, force_terminal=False)
+        reports = [shown] if folders == [out] else [report(folder, quiet) for folder in folders]
         saved = time.perf_counter()
         for epoch in range(done + 1, config.epochs + 1):
             started = time.perf_counter()
-            state, row = training.epoch(state, epoch, report.advance)
+            state, rows = training.epoch(state, epoch, shown.advance)
             seconds += time.perf_counter() - started
-            report.add(row)
-            pictures.save_frame(out / 'frames', epoch, training.frame(state))
+            for own, row in zip(reports, rows, strict=True):
+                own.add(row)
+            if len(rows) > 1:
+                shown.add(mean_row(rows))
+            _save_frames(folders, epoch, training, state)
             last = epoch == config.epochs
             if last or time.perf_counter() - saved > config.checkpoint_seconds:
                 checkpoints.save(epoch, state, {'seconds': seconds})
                 saved = time.perf_counter()
-    summary = {
-        'experiment': experiment, 'recipe': 'paper', **training.results(state),
+    common = {
         'train_seconds': seconds,
         'steps_per_second': config.epochs * training.steps / seconds,
         **environment(),
-    }  # fmt: skip
-    frames = pictures.load_frames(out / 'frames', config.epochs)
-    pictures.write_all(out, jax.device_get(state.params), report.history, config.threshold, frames)
-    write_json(out / 'summary.json', summary)
-    _say(console, out, state.params, summary)
-    return summary
-
-
-class Training:
-    """The compiled parts of a run, with the data on the device."""
-
-    def __init__(self, network: type[nn.Module], config: Config, dataset: data.Dataset) -> None:
-        self.config, self.dataset = config, dataset
-        self.variational = config.method == 'svd'
-        count = len(dataset.train_labels)
-        self.steps = count // config.batch_size
-        options = {
-            'log_sigma2_init': config.log_sigma2_init,
-            'threshold': config.threshold,
-            'mask_in_training': config.mask_in_training,
-            'kl_method': config.kl,
-        }
-        self.model = network(options=tuple(options.items()))
-        self.learning_rate = optax.linear_schedule(
-            config.learning_rate,
-            0.0,
-            max(1, round(config.epochs * self.steps * (1 - config.decay_from))),
-            round(config.epochs * self.steps * config.decay_from),
-        )
-        self.tx = optax.adam(self.learning_rate)
-        begin, end = (round(epoch * self.steps) for epoch in config.kl_warmup)
-        self._step = svd.make_train_step(
-            self.model.apply,
-            svd.classification_loss,
-            self.tx,
-            num_data=count,
-            num_samples=config.num_samples,
-            kl_weight=svd.kl_warmup(begin, end),
-            threshold=config.threshold,
-        )
-        self._mean = jnp.asarray(data.mean_image(dataset.train_images))[None]
-        self._images = jnp.asarray(dataset.train_images)
-        self._labels = jnp.asarray(dataset.train_labels)
-        self._test = _batches(dataset.test_images), _batches(dataset.test_labels, fill=-1)
-        self._init_key, self._noise_key = jax.random.split(jax.random.key(config.seed))
-
-    def _prepare(self, images: jax.Array) -> jax.Array:
-        return images.astype(jnp.float32) / 255 - self._mean
-
-    def init(self, params: Any = None) -> svd.TrainState:
-        """The state before the first step, from given dense parameters or random ones."""
-        if params is None:
-            params = self.dense_params(self._init_key)
-        if self.variational:
-            params = svd.variational(params, log_sigma2_init=self.config.log_sigma2_init)
-        return svd.TrainState.create({'params': params}, self.tx)
-
-    def dense_state(self) -> svd.TrainState:
-        """A state of the dense network, as a run with ``--method dense`` has it."""
-        return svd.TrainState.create({'params': self.dense_params(self._init_key)}, self.tx)
-
-    def dense_params(self, key: jax.Array) -> Any:
-        """Random parameters of the network without any posterior."""
-        params = self.model.init(key, self._prepare(self._images[:1]))['params']
-        return svd.sparsify(params, float('inf'))
-
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _chunk(
-        self, state: svd.TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array,
-        keys: jax.Array,
-    ) -> tuple[svd.TrainState, dict[str, jax.Array]]:  # fmt: skip
-        def step(state: svd.TrainState, batch: tuple[jax.Array, jax.Array]) -> Any:
-            index, key = batch
-            return self._step(state, (self._prepare(images[index]), labels[index]), key)
-
-        return lax.scan(step, state, (indices, keys))
-
-    @partial(jax.jit, static_argnums=0)
-    def _errors(self, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        def errors(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-            logits, _ = self.model.apply({'params': params}, self._prepare(batch[0]), True)
-            return jnp.sum((jnp.argmax(logits, -1) != batch[1]) & (batch[1] >= 0))
-
-        return lax.map(errors, (images, labels)).sum()
-
-    def _test_error(self, params: Any, threshold: float) -> float:
-        """Percent of the test images that the network that would ship gets wrong."""
-        if self.variational:
-            params = svd.sparsify(params, threshold)
-        return 100 * int(self._errors(params, *self._test)) / len(self.dataset.test_labels)
-
-    def epoch(self, state: svd.TrainState, epoch: int, advance: Any) -> tuple[svd.TrainState, Any]:
-        """Trains for one epoch: a function of the state and the epoch's number alone."""
-        order = data.epoch_permutation(
-            self.config.seed, epoch, len(self.dataset.train_labels), self.config.batch_size
-        )
-        keys = jax.random.split(jax.random.fold_in(self._noise_key, epoch), self.steps)
-        learning_rate = float(self.learning_rate(state.step))
-        started, chunks = time.perf_counter(), []
-        for first in range(0, self.steps, _CHUNK):
-            indices, chunk_keys = order[first : first + _CHUNK], keys[first : first + _CHUNK]
-            state, metrics = self._chunk(state, self._images, self._labels, indices, chunk_keys)
-            chunks.append(jax.device_get(metrics))
-            advance(first + len(indices))
-        seconds = time.perf_counter() - started
-        metrics = {k: np.concatenate([chunk[k] for chunk in chunks]) for k in chunks[0]}
-        finite = metrics['finite']
-        if not finite.any():
-            raise UsageError(f'no step of epoch {epoch} had a finite loss: lower --learning-rate')
-        mean = {k: float(v[finite].mean()) for k, v in metrics.items()}
-        row = {
-            'epoch': epoch, 'loss': mean['loss'], 'data_term': mean['data_term'],
-            'learning_rate': learning_rate, 'train_error': 100 * mean['error'],
-            'test_error': self._test_error(state.params, self.config.threshold),
-            **self.counts(state),
-            'skipped_steps': int((~finite).sum()), 'seconds': seconds,
-            'images_per_second': order.size / seconds,
-        }  # fmt: skip
-        if self.variational:
-            row |= {'kl': mean['kl'], 'kl_weight': mean['kl_weight']}
-        return state, row
-
-    def counts(self, state: svd.TrainState) -> dict[str, Any]:
-        """Nonzero weights, as the summary has them."""
-        sparsity = svd.sparsity(state.params, self.config.threshold)
-        return {
-            'compression': sparsity.compression if sparsity.nonzero else None,
-            'nonzero': sparsity.nonzero,
-            'total': sparsity.total,
-            'sparsity_per_layer': {k: v.percent for k, v in sparsity.layers.items()},
-        }
-
-    def frame(self, state: svd.TrainState) -> pictures.Frame:
-        """A frame of the GIF."""
-        return pictures.snapshot(jax.device_get(state.params), self.config.threshold)
-
-    def results(self, state: svd.TrainState) -> dict[str, Any]:
-        """The results of the last epoch; no epoch is picked."""
-        config = self.config
-        return {
-            'method': 'sparse_vd' if self.variational else 'dense',
-            'dataset': self.dataset.name, 'seed': config.seed, 'epochs': config.epochs,
-            'test_error': self._test_error(state.params, config.threshold),
-            'test_error_mean_weights': self._test_error(state.params, float('inf')),
-            'evaluated_on': f'{config.validation} held out' if config.validation else 'test set',
-            **self.counts(state),
-            'config': config.identity(),
-        }  # fmt: skip
-
-
-def _batches(array: np.ndarray, fill: int = 0) -> jax.Array:
-    """(N, ...) to (batches, 1000, ...), the last one filled up."""
-    missing = -len(array) % _EVALUATION_BATCH
-    padding = np.full((missing, *array.shape[1:]), fill, array.dtype)
-    padded = np.concatenate([array, padding])
-    return jnp.asarray(padded.reshape(-1, _EVALUATION_BATCH, *array.shape[1:]))
-
-
-def _identity(experiment: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:
-    """What `run.json` holds: whose output folder it is."""
-    return {
-        'experiment': experiment,
-        'dataset': dataset.name,
-        'examples': fingerprint(*dataset[1:]),
-        **config.identity(),
     }
+    summaries = [
+        {'experiment': experiment, 'recipe': 'paper', **results, **common}
+        for results in training.results(state)
+    ]
+    states = training.split(state)
+    for folder, own, reported, summary in zip(folders, states, reports, summaries, strict=True):
+        if folder != out:  # for --pretrained
+            _checkpoints(experiment, folder, console).save(config.epochs, own, {'seconds': seconds})
+        frames = pictures.load_frames(folder / 'frames', config.epochs)
+        params = jax.device_get(own.params)
+        pictures.write_all(folder, params, reported.history, config.threshold, frames)
+        write_json(folder / 'summary.json', summary)
+    if len(summaries) == 1:
+        _say(console, out, state.params, summaries[0])
+        return summaries[0]
+    together = _together(config, summaries)
+    write_json(out / 'summary.json', together)
+    _say_together(console, out, together)
+    return together
+
+
+def _checkpoints(experiment: str, folder: Path, console: Console) -> Checkpoints:
+    return Checkpoints(
+        folder / 'checkpoints', experiment, 'start again with another --out',
+        partial(_warn, console),
+    )  # fmt: skip
+
+
+def _save_frames(folders: list[Path], epoch: int, training: Training, state: Any) -> None:
+    for folder, frame in zip(folders, training.frames(state), strict=True):
+        pictures.save_frame(folder / 'frames', epoch, frame)
+
+
+def _together(config: Config, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of several networks: what they share, their means, and each one's result."""
+    first = summaries[0]
+    each = ('test_error', 'test_error_mean_weights', 'compression', 'nonzero')
+    result = {k: v for k, v in first.items() if all(s[k] == v for s in summaries)}
+    result |= {'seed': config.seed, 'config': config.identity()}
+    for field in each:
+        values = [summary[field] for summary in summaries]
+        if None not in values:
+            result[field] = float(np.mean(values))
+            result[f'{field}_sd'] = float(np.std(values, ddof=1))
+    result['sparsity_per_layer'] = {
+        layer: float(np.mean([summary['sparsity_per_layer'][layer] for summary in summaries]))
+        for layer in first['sparsity_per_layer']
+    }
+    result['networks'] = {
+        name: {field: summary[field] for field in ('seed', *each)}
+        for name, summary in zip(config.alone(), summaries, strict=True)
+    }
+    return result
 
 
 @contextlib.contextmanager
@@ -360,5 +264,31 @@ def _say(console: Console, out: Path, params: Any, summary: dict[str, Any]) -> N
     )
     console.print(
         f'summary, metrics, checkpoints and pictures: {out}',
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _say_together(console: Console, out: Path, summary: dict[str, Any]) -> None:
+    table = Table('network', box=box.SIMPLE, show_edge=False)
+    table.add_column('error', justify='right')
+    table.add_column('compression', justify='right')
+    for name, own in summary['networks'].items():
+        ratio = own['compression']
+        table.add_row(
+            name, f'{own["test_error"]:.2f} %', 'all' if ratio is None else f'{ratio:.1f}x'
+        )
+    console.print()
+    console.print(table)
+    console.print()
+    found = f'error {summary["test_error"]:.2f} +- {summary["test_error_sd"]:.2f} %'
+    if 'compression' in summary:
+        found += f', {summary["compression"]:.1f} +- {summary["compression_sd"]:.1f} times'
+        found += ' fewer weights'
+    console.print(
+        f'{found} ({summary["evaluated_on"]}, {summary["dataset"]}, mean and standard deviation '
+        f'over {len(summary["networks"])} networks), {summary["train_seconds"]:.0f} s of training'
+    )
+    console.print(
+        f'summaries, metrics, checkpoints and pictures: {out}',
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -82,6 +82,24 @@ def read_history(path: Path, last_epoch: int) -> list[Row]:
     return [rows[epoch] for epoch in sorted(rows)]
 
 
+def mean_row(rows: list[Row]) -> Row:
+    """What is shown of several networks: their mean, and of images and skipped steps the sum."""
+    found: Row = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        if isinstance(first, dict):
+            found[name] = mean_row(values)
+        elif name == 'epoch':
+            found[name] = first
+        elif None in values:  # no weight left in one of them
+            found[name] = None
+        elif name in ('images_per_second', 'skipped_steps'):
+            found[name] = sum(values)
+        else:
+            found[name] = float(np.mean(values))
+    return found
+
+
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -14,6 +14,7 @@ only noise, and ship what is left::
 Molchanov, Ashukha & Vetrov, "Variational Dropout Sparsifies Deep Neural Networks", ICML 2017.
 """
 
+from svd_jax import backend as backend
 from svd_jax import linen as linen
 from svd_jax._version import __version__ as __version__
 from svd_jax.train import TrainState as TrainState

@@ -55,8 +55,8 @@ def log_alpha(kernel: jax.Array, log_sigma2: jax.Array) -> jax.Array:
     return _at_least_float32(log_sigma2) - 2.0 * jnp.log(size)
 
 
-# log(1 + e) / e as a polynomial for e in [0, 1], to within half a unit in float32's last place: XLA's
-# log1p costs a CPU more than the rest of the KL together.
+# log(1 + e) / e as a polynomial for e in [0, 1], to within half a unit in float32's last place:
+# XLA's log1p costs a CPU more than the rest of the KL together.
 _LOG1P_RATIO = (
     np.polynomial.chebyshev.Chebyshev.interpolate(lambda e: np.log1p(e) / e, 10, domain=[0, 1])
     .convert(kind=np.polynomial.Polynomial)

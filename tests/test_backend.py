@@ -10,7 +10,6 @@ import pytest
 import svd_jax as svd
 from svd_jax import backend
 
-
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 

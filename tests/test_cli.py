@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import config, data, lenet5, lenet300, loop, models
+from experiments import config, data, lenet5, lenet300, models, training
 from experiments.config import Config
 from experiments.errors import UsageError
 
@@ -135,7 +135,7 @@ def test_same_seed_same_bits(finished: tuple[Path, str], tmp_path: Path) -> None
 def test_another_seed_starts_elsewhere_with_other_batches(finished: tuple[Path, str]) -> None:
     digits = data.load('mnist5k')
     first, second = (
-        loop.Training(models.LeNet300, options(seed=seed), digits).init() for seed in (0, 1)
+        training.Training(models.LeNet300, options(seed=seed), digits).init() for seed in (0, 1)
     )
     kernels = [np.asarray(state.params['Dense_0']['kernel']) for state in (first, second)]
     assert np.mean(kernels[0] != kernels[1]) > 0.9

@@ -1,0 +1,244 @@
+"""The compiled parts of a run, with the data on the device; one network or several at once."""
+
+import time
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import svd_jax as svd
+from experiments import data, pictures
+from experiments.config import Config
+from experiments.errors import UsageError
+
+# Steps per dispatch: few enough for a lively progress bar, enough to hide the dispatch.
+_CHUNK = 100
+_EVALUATION_BATCH = 1000
+
+
+class Training:
+    """Trains the networks that a configuration names: one, or one for every seed and KL weight.
+
+    They train as one program, each as it would train alone: side by side under ``jax.vmap`` on an
+    accelerator; on a CPU, which a single network keeps busy, in turns.
+
+    Attributes:
+      config: as given.
+      dataset: as given, on the host.
+      names: of the networks, as in :meth:`experiments.config.Config.alone`.
+      steps: of an epoch.
+    """
+
+    def __init__(self, network: type[nn.Module], config: Config, dataset: data.Dataset) -> None:
+        self.config, self.dataset = config, dataset
+        alone = config.alone()
+        self.names, self._configs = list(alone), list(alone.values())
+        self.variational = config.method == 'svd'
+        self._count = len(dataset.train_labels)
+        self.steps = self._count // config.batch_size
+        options = {
+            'log_sigma2_init': config.log_sigma2_init,
+            'threshold': config.threshold,
+            'mask_in_training': config.mask_in_training,
+            'kl_method': config.kl,
+        }
+        self.model = network(options=tuple(options.items()))
+        self.learning_rate = optax.linear_schedule(
+            config.learning_rate,
+            0.0,
+            max(1, round(config.epochs * self.steps * (1 - config.decay_from))),
+            round(config.epochs * self.steps * config.decay_from),
+        )
+        self.tx = optax.adam(self.learning_rate)
+        begin, end = (round(epoch * self.steps) for epoch in config.kl_warmup)
+        self._warmup = svd.kl_warmup(begin, end)
+        self._mean = jnp.asarray(data.mean_image(dataset.train_images))[None]
+        self._images = jnp.asarray(dataset.train_images)
+        self._labels = jnp.asarray(dataset.train_labels)
+        self._test = _batches(dataset.test_images), _batches(dataset.test_labels, fill=-1)
+        seeds = jnp.asarray([own.seed for own in self._configs], jnp.uint32)
+        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
+        self._init_keys, self._noise_keys = keys[:, 0], keys[:, 1]
+
+    def _prepare(self, images: jax.Array) -> jax.Array:
+        return images.astype(jnp.float32) / 255 - self._mean
+
+    def init(self, params: Any = None) -> svd.TrainState:
+        """The state before the first step, from given dense parameters or random ones.
+
+        Of several networks it has a leading axis on every array; :meth:`split` takes it apart.
+        """
+        states = [
+            self._state(self._dense_params(key) if params is None else params)
+            for key in self._init_keys
+        ]
+        if len(states) == 1:
+            return states[0]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    def _state(self, params: Any) -> svd.TrainState:
+        if self.variational:
+            params = svd.variational(params, log_sigma2_init=self.config.log_sigma2_init)
+        return svd.TrainState.create({'params': params}, self.tx)
+
+    def dense_state(self) -> svd.TrainState:
+        """A state of the dense network, as a run with ``--method dense`` has it."""
+        return svd.TrainState.create({'params': self._dense_params(self._init_keys[0])}, self.tx)
+
+    def _dense_params(self, key: jax.Array) -> Any:
+        """Random parameters of the network without any posterior."""
+        params = self.model.init(key, self._prepare(self._images[:1]))['params']
+        return svd.sparsify(params, float('inf'))
+
+    def split(self, state: svd.TrainState) -> list[svd.TrainState]:
+        """The state of each network."""
+        if len(self.names) == 1:
+            return [state]
+        return [jax.tree.map(lambda leaf: leaf[i], state) for i in range(len(self.names))]  # noqa: B023
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _chunk(
+        self, state: svd.TrainState, images: jax.Array, labels: jax.Array, *each: jax.Array
+    ) -> tuple[svd.TrainState, dict[str, jax.Array]]:
+        """Some steps; ``each`` network has its own indices, keys and KL weight."""
+
+        def chunk(state: svd.TrainState, indices: jax.Array, keys: jax.Array, weight: Any) -> Any:
+            take_step = svd.make_train_step(
+                self.model.apply,
+                svd.classification_loss,
+                self.tx,
+                num_data=self._count,
+                num_samples=self.config.num_samples,
+                kl_weight=lambda step: weight * self._warmup(step),
+                threshold=self.config.threshold,
+            )
+
+            def step(state: svd.TrainState, batch: tuple[jax.Array, jax.Array]) -> Any:
+                index, key = batch
+                return take_step(state, (self._prepare(images[index]), labels[index]), key)
+
+            return lax.scan(step, state, (indices, keys))
+
+        if len(self.names) == 1:
+            return chunk(state, *(own[0] for own in each))
+        if svd.backend.as_on_cpu():
+            return lax.map(lambda own: chunk(*own), (state, *each))
+        return jax.vmap(chunk)(state, *each)
+
+    @partial(jax.jit, static_argnums=0)
+    def _errors(self, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        def errors(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+            logits, _ = self.model.apply({'params': params}, self._prepare(batch[0]), True)
+            return jnp.sum((jnp.argmax(logits, -1) != batch[1]) & (batch[1] >= 0))
+
+        return lax.map(errors, (images, labels)).sum()
+
+    def _test_error(self, params: Any, threshold: float) -> float:
+        """Percent of the test images that the network that would ship gets wrong."""
+        if self.variational:
+            params = svd.sparsify(params, threshold)
+        return 100 * int(self._errors(params, *self._test)) / len(self.dataset.test_labels)
+
+    def epoch(
+        self, state: svd.TrainState, epoch: int, advance: Any
+    ) -> tuple[svd.TrainState, list[dict[str, Any]]]:
+        """Trains for one epoch: a function of the state and the epoch's number alone.
+
+        Returns:
+          The state after it, and what is to be reported of each network.
+
+        Raises:
+          UsageError: no step of a network had a finite loss.
+        """
+        orders = np.stack(
+            [
+                data.epoch_permutation(own.seed, epoch, self._count, own.batch_size)
+                for own in self._configs
+            ]
+        )
+        keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, epoch), self.steps))(
+            self._noise_keys
+        )
+        kl_weights = jnp.asarray([own.kl_weight[0] for own in self._configs])
+        learning_rate = float(self.learning_rate(jnp.ravel(state.step)[0]))
+        started, chunks = time.perf_counter(), []
+        for first in range(0, self.steps, _CHUNK):
+            part = slice(first, first + _CHUNK)
+            state, metrics = self._chunk(
+                state, self._images, self._labels, orders[:, part], keys[:, part], kl_weights
+            )
+            chunks.append(jax.device_get(metrics))
+            advance(min(first + _CHUNK, self.steps))
+        seconds = time.perf_counter() - started
+        metrics = {
+            name: np.concatenate(
+                [chunk[name].reshape(len(self.names), -1) for chunk in chunks], axis=1
+            )
+            for name in chunks[0]
+        }
+        rows = []
+        for i, (name, own) in enumerate(zip(self.names, self.split(state), strict=True)):
+            finite = metrics['finite'][i]
+            if not finite.any():
+                raise UsageError(
+                    f'no step of epoch {epoch} had a finite loss ({name}): lower --learning-rate'
+                )
+            mean = {k: float(v[i, finite].mean()) for k, v in metrics.items()}
+            row = {
+                'epoch': epoch, 'loss': mean['loss'], 'data_term': mean['data_term'],
+                'learning_rate': learning_rate, 'train_error': 100 * mean['error'],
+                'test_error': self._test_error(own.params, self.config.threshold),
+                **self._counts(own),
+                'skipped_steps': int((~finite).sum()), 'seconds': seconds,
+                'images_per_second': orders[i].size / seconds,
+            }  # fmt: skip
+            if self.variational:
+                row |= {'kl': mean['kl'], 'kl_weight': mean['kl_weight']}
+            rows.append(row)
+        return state, rows
+
+    def _counts(self, state: svd.TrainState) -> dict[str, Any]:
+        """Nonzero weights of one network, as the summary has them."""
+        sparsity = svd.sparsity(state.params, self.config.threshold)
+        return {
+            'compression': sparsity.compression if sparsity.nonzero else None,
+            'nonzero': sparsity.nonzero,
+            'total': sparsity.total,
+            'sparsity_per_layer': {k: v.percent for k, v in sparsity.layers.items()},
+        }
+
+    def frames(self, state: svd.TrainState) -> list[pictures.Frame]:
+        """Of each network, a frame of its GIF."""
+        return [
+            pictures.snapshot(jax.device_get(own.params), self.config.threshold)
+            for own in self.split(state)
+        ]
+
+    def results(self, state: svd.TrainState) -> list[dict[str, Any]]:
+        """Of each network, the results of the last epoch; no epoch is picked."""
+        held_out = self.config.validation
+        return [
+            {
+                'method': 'sparse_vd' if self.variational else 'dense',
+                'dataset': self.dataset.name, 'seed': config.seed, 'epochs': config.epochs,
+                'test_error': self._test_error(own.params, config.threshold),
+                'test_error_mean_weights': self._test_error(own.params, float('inf')),
+                'evaluated_on': f'{held_out} held out' if held_out else 'test set',
+                **self._counts(own),
+                'config': config.identity(),
+            }
+            for config, own in zip(self._configs, self.split(state), strict=True)
+        ]  # fmt: skip
+
+
+def _batches(array: np.ndarray, fill: int = 0) -> jax.Array:
+    """(N, ...) to (batches, 1000, ...), the last one filled up."""
+    missing = -len(array) % _EVALUATION_BATCH
+    padding = np.full((missing, *array.shape[1:]), fill, array.dtype)
+    padded = np.concatenate([array, padding])
+    return jnp.asarray(padded.reshape(-1, _EVALUATION_BATCH, *array.shape[1:]))

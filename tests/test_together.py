@@ -1,0 +1,153 @@
+"""Several networks at once: each ends as it would end alone, and their means are their means."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import svd_jax as svd
+from experiments import config, lenet300
+from experiments.config import Config
+from experiments.errors import UsageError
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+SHORT = ('--dataset', 'mnist5k', '--batch-size', '1000', '--checkpoint-seconds', '0')
+TIMES = ('train_seconds', 'steps_per_second', 'seconds', 'images_per_second')
+
+
+def run(out: Path, *options: str) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['experiment', *SHORT, '--out', str(out), *options])
+        config.command_line(lenet300.run, lenet300.DEFAULTS, lenet300.__doc__)
+    return json.loads((out / 'summary.json').read_text())
+
+
+def params_of(out: Path, epoch: int) -> dict:
+    """The parameters in a checkpoint, read without the code under test."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        found = checkpointer.restore((out / 'checkpoints' / str(epoch)).absolute(), args=args)
+    return jax.tree.map(np.asarray, found['state']['params'])
+
+
+def rows(out: Path) -> list[dict]:
+    lines = (out / 'metrics.jsonl').read_text().splitlines()
+    return [without_times(json.loads(line)) for line in lines]
+
+
+def without_times(values: dict) -> dict:
+    return {name: value for name, value in values.items() if name not in TIMES}
+
+
+@pytest.fixture(scope='module')
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds times two KL weights, two epochs."""
+    out = tmp_path_factory.mktemp('four') / 'out'
+    run(out, '--epochs', '2', '--seeds', '2', '--seed', '3', '--kl-weight', '1', '20')
+    return out
+
+
+NAMES = ['seed3-kl1', 'seed3-kl20', 'seed4-kl1', 'seed4-kl20']
+
+
+def test_on_a_cpu_each_ends_with_the_same_bits_as_alone(four: Path, tmp_path: Path) -> None:
+    if not svd.backend.as_on_cpu():
+        pytest.skip('side by side, sums are taken in another order')
+    summary = run(tmp_path / 'alone', '--epochs', '2', '--seed', '4', '--kl-weight', '20')
+    np.testing.assert_equal(params_of(four / 'seed4-kl20', 2), params_of(tmp_path / 'alone', 2))
+    together = json.loads((four / 'seed4-kl20' / 'summary.json').read_text())
+    assert without_times(together) == without_times(summary)
+    assert rows(four / 'seed4-kl20') == rows(tmp_path / 'alone')
+    for file in ('run.json', 'frames', 'training_curves.png', 'tensorboard'):
+        assert (four / 'seed4-kl20' / file).exists() == (tmp_path / 'alone' / file).exists()
+
+
+def test_side_by_side_each_ends_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(svd.backend.VARIABLE, 'accelerator')
+    # JAX's check counts the keys as used when vmap moves their axis to the front for the scan.
+    with jax.debug_key_reuse(False):
+        run(tmp_path / 'both', '--epochs', '1', '--seeds', '2')
+    run(tmp_path / 'alone', '--epochs', '1', '--seed', '1')
+    found, wanted = (params_of(tmp_path / name, 1) for name in ('both/seed1', 'alone'))
+    start = params_of(tmp_path / 'both/seed0', 1)
+    for layer, arrays in wanted.items():
+        for name, array in arrays.items():
+            # Where a gradient is all but zero, Adam makes a step of the last bit of it.
+            distance = np.mean(np.abs(found[layer][name] - array))
+            assert distance < 1e-6, (layer, name)
+            assert name == 'log_sigma2' or np.mean(np.abs(start[layer][name] - array)) > 1e-4
+
+
+def test_networks_differ_by_seed_and_kl_weight(four: Path) -> None:
+    assert sorted(path.parent.name for path in four.glob('*/summary.json')) == NAMES
+    kernels = [params_of(four / name, 2)['Dense_1']['kernel'] for name in NAMES]
+    for i in range(4):
+        for j in range(i):
+            assert np.any(kernels[i] != kernels[j]), (i, j)
+    kl_weights = [rows(four / name)[-1]['kl_weight'] for name in NAMES]
+    np.testing.assert_allclose(kl_weights[1], 20 * kl_weights[0], rtol=1e-6)
+
+
+def test_the_summary_holds_means_and_deviations(four: Path) -> None:
+    summary = json.loads((four / 'summary.json').read_text())
+    each = [json.loads((four / name / 'summary.json').read_text()) for name in NAMES]
+    for field in ('test_error', 'compression', 'nonzero'):
+        values = [own[field] for own in each]
+        np.testing.assert_allclose(summary[field], np.mean(values))
+        np.testing.assert_allclose(summary[f'{field}_sd'], np.std(values, ddof=1))
+    layers = [own['sparsity_per_layer']['Dense_0'] for own in each]
+    np.testing.assert_allclose(summary['sparsity_per_layer']['Dense_0'], np.mean(layers))
+    assert list(summary['networks']) == NAMES
+    assert [own['seed'] for own in summary['networks'].values()] == [3, 3, 4, 4]
+    assert (summary['experiment'], summary['seed'], summary['epochs']) == ('lenet300', 3, 2)
+    assert summary['config']['seeds'] == 2
+    shown = rows(four)
+    losses = [rows(four / name)[-1]['loss'] for name in NAMES]
+    np.testing.assert_allclose(shown[-1]['loss'], np.mean(losses))
+
+
+def test_resumed_they_end_with_the_same_bits(four: Path, tmp_path: Path) -> None:
+    """As if killed after the first epoch's checkpoint, with the second epoch half reported."""
+    out = shutil.copytree(four, tmp_path / 'killed')
+    shutil.rmtree(out / 'checkpoints' / '2')
+    shutil.rmtree(out / 'seed3-kl20')
+    (out / 'summary.json').unlink()
+    options = ('--epochs', '2', '--seeds', '2', '--seed', '3', '--kl-weight', '1', '20')
+    with pytest.raises(SystemExit):
+        run(out, *options)
+    run(out, *options, '--resume')
+    for name in NAMES:
+        np.testing.assert_equal(params_of(out / name, 2), params_of(four / name, 2))
+    assert rows(out) == rows(four)
+    assert rows(out / 'seed4-kl1') == rows(four / 'seed4-kl1')
+
+
+def test_one_of_several_dense_networks_is_a_start(tmp_path: Path) -> None:
+    dense = tmp_path / 'dense'
+    run(dense, '--epochs', '1', '--method', 'dense', '--seeds', '2')
+    options = ('--epochs', '1', '--learning-rate', '1e-30', '--pretrained', str(dense / 'seed1'))
+    run(tmp_path / 'sparse', *options)
+    found = params_of(tmp_path / 'sparse', 1)['Dense_0']['kernel']
+    np.testing.assert_array_equal(found, params_of(dense / 'seed1', 1)['Dense_0']['kernel'])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'seeds': 0}, '--seeds must be at least 1'),
+        ({'seeds': 2, 'seed': 2**32 - 1}, '--seed must lie between'),
+        ({'kl_weight': ()}, '--kl-weight needs one weight or several different ones'),
+        ({'kl_weight': (1.0, 1.0)}, '--kl-weight needs one weight or several different ones'),
+        ({'kl_weight': (-1.0,)}, '--kl-weight must be at least 0'),
+        ({'kl_weight': (float('nan'),)}, '--kl-weight needs finite numbers'),
+        ({'kl_weight': (2.0,), 'method': 'dense'}, '--kl-weight is for --method svd'),
+    ],
+)
+def test_bad_input(options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Config(**options)
