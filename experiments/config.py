@@ -57,6 +57,12 @@ class Config:
     """Leave the weights above the threshold out of the mean in training too."""
     num_samples: int = 1
     """Draws of the noise per step."""
+    shift: int = 0
+    """Move each training image at random by up to so many pixels (pad and crop)."""
+    flip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Mirror half of the training images left to right, at random."""
+    stream: Literal['auto', 'yes', 'no'] = 'auto'
+    """Feed images from the host, ahead of the device; auto: if they would fill a quarter of it."""
     validation: int = 0
     """Hold out this many training images and report errors on them, not on the test set."""
     checkpoint_seconds: float = 30.0
@@ -66,7 +72,8 @@ class Config:
         self._check_types()
         for name in ('epochs', 'batch_size', 'num_samples', 'seeds'):
             _require(getattr(self, name) >= 1, name, 'must be at least 1')
-        _require(self.validation >= 0, 'validation', 'must be at least 0')
+        for name in ('validation', 'shift'):
+            _require(getattr(self, name) >= 0, name, 'must be at least 0')
         # JAX would take a larger one modulo 2**32: two seeds would be the same.
         last = self.seed + self.seeds - 1
         _require(0 <= self.seed <= last < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
@@ -135,7 +142,7 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """What determines the result: two runs that agree in it end with the same network."""
-        elsewhere = ('out', 'resume', 'data_dir', 'checkpoint_seconds', 'dataset')
+        elsewhere = ('out', 'resume', 'data_dir', 'checkpoint_seconds', 'dataset', 'stream')
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}
         fields['warmup'] = self.kl_warmup
         return json.loads(json.dumps(fields, default=str))

@@ -68,9 +68,9 @@ def _train(
         (out / 'summary.json').unlink(missing_ok=True)  # its being there says: complete
     alone = config.alone()
     folders = [out] if len(alone) == 1 else [out / name for name in alone]
-    for folder, own in zip(folders, alone.values(), strict=True):
+    for folder, options in zip(folders, alone.values(), strict=True):
         folder.mkdir(exist_ok=True)
-        write_json(folder / 'run.json', facts | own.identity())
+        write_json(folder / 'run.json', facts | options.identity())
     if not done:
         _save_frames(folders, 0, training, state)
     title = f'{experiment}, {config.method}, {facts["dataset"]}, ' + ', '.join(alone)
@@ -93,8 +93,8 @@ def _train(
             started = time.perf_counter()
             state, rows = training.epoch(state, epoch, shown.advance)
             seconds += time.perf_counter() - started
-            for own, row in zip(reports, rows, strict=True):
-                own.add(row)
+            for reported, row in zip(reports, rows, strict=True):
+                reported.add(row)
             if len(rows) > 1:
                 shown.add(mean_row(rows))
             _save_frames(folders, epoch, training, state)

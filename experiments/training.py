@@ -1,6 +1,7 @@
 """The compiled parts of a run, with the data on the device; one network or several at once."""
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,10 @@ import optax
 from jax import lax
 
 import svd_jax as svd
-from experiments import data, pictures
+from experiments import augment, data, pictures
 from experiments.config import Config
 from experiments.errors import UsageError
+from experiments.stream import prefetch
 
 # Steps per dispatch: few enough for a lively progress bar, enough to hide the dispatch.
 _CHUNK = 100
@@ -58,12 +60,38 @@ class Training:
         begin, end = (round(epoch * self.steps) for epoch in config.kl_warmup)
         self._warmup = svd.kl_warmup(begin, end)
         self._mean = jnp.asarray(data.mean_image(dataset.train_images))[None]
-        self._images = jnp.asarray(dataset.train_images)
-        self._labels = jnp.asarray(dataset.train_labels)
+        self._resident = None if self._streams() else (
+            jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+        )  # fmt: skip
         self._test = _batches(dataset.test_images), _batches(dataset.test_labels, fill=-1)
         seeds = jnp.asarray([own.seed for own in self._configs], jnp.uint32)
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
         self._init_keys, self._noise_keys = keys[:, 0], keys[:, 1]
+
+    def _streams(self) -> bool:
+        """Whether the training images stay on the host."""
+        if self.config.stream != 'auto':
+            return self.config.stream == 'yes'
+        memory = jax.devices()[0].memory_stats()  # None on a CPU
+        return memory is not None and self.dataset.train_images.nbytes > memory['bytes_limit'] / 4
+
+    def _feed(self, orders: np.ndarray) -> Iterator[Any]:
+        """An epoch's batches, in parts of as many steps as a dispatch takes: indices or images."""
+        parts = (orders[:, i : i + _CHUNK] for i in range(0, self.steps, _CHUNK))
+        if self._resident is not None:
+            return parts
+        images, labels = self.dataset.train_images, self.dataset.train_labels
+        return prefetch(lambda at: jax.device_put((images[at], labels[at])), parts)
+
+    def _augment(self, key: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Changes images at random; also returns a key for what else is random."""
+        if self.config.shift:
+            key, own = jax.random.split(key)
+            images = augment.random_shift(own, images, self.config.shift)
+        if self.config.flip:
+            key, own = jax.random.split(key)
+            images = augment.random_flip(own, images)
+        return key, images
 
     def _prepare(self, images: jax.Array) -> jax.Array:
         return images.astype(jnp.float32) / 255 - self._mean
@@ -92,7 +120,8 @@ class Training:
 
     def _dense_params(self, key: jax.Array) -> Any:
         """Random parameters of the network without any posterior."""
-        params = self.model.init(key, self._prepare(self._images[:1]))['params']
+        image = self._prepare(jnp.asarray(self.dataset.train_images[:1]))
+        params = self.model.init(key, image)['params']
         return svd.sparsify(params, float('inf'))
 
     def split(self, state: svd.TrainState) -> list[svd.TrainState]:
@@ -103,11 +132,11 @@ class Training:
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _chunk(
-        self, state: svd.TrainState, images: jax.Array, labels: jax.Array, *each: jax.Array
+        self, state: svd.TrainState, resident: tuple[jax.Array, jax.Array] | None, *each: Any
     ) -> tuple[svd.TrainState, dict[str, jax.Array]]:
-        """Some steps; ``each`` network has its own indices, keys and KL weight."""
+        """Some steps; ``each`` network has its own batches, keys and KL weight."""
 
-        def chunk(state: svd.TrainState, indices: jax.Array, keys: jax.Array, weight: Any) -> Any:
+        def chunk(state: svd.TrainState, batches: Any, keys: jax.Array, weight: jax.Array) -> Any:
             take_step = svd.make_train_step(
                 self.model.apply,
                 svd.classification_loss,
@@ -118,14 +147,16 @@ class Training:
                 threshold=self.config.threshold,
             )
 
-            def step(state: svd.TrainState, batch: tuple[jax.Array, jax.Array]) -> Any:
-                index, key = batch
-                return take_step(state, (self._prepare(images[index]), labels[index]), key)
+            def step(state: svd.TrainState, given: tuple[Any, jax.Array]) -> Any:
+                batch, key = given
+                images, labels = jax.tree.map(lambda a: a[batch], resident) if resident else batch
+                key, images = self._augment(key, images)
+                return take_step(state, (self._prepare(images), labels), key)
 
-            return lax.scan(step, state, (indices, keys))
+            return lax.scan(step, state, (batches, keys))
 
         if len(self.names) == 1:
-            return chunk(state, *(own[0] for own in each))
+            return chunk(state, *jax.tree.map(lambda leaf: leaf[0], each))
         if svd.backend.as_on_cpu():
             return lax.map(lambda own: chunk(*own), (state, *each))
         return jax.vmap(chunk)(state, *each)
@@ -167,11 +198,9 @@ class Training:
         kl_weights = jnp.asarray([own.kl_weight[0] for own in self._configs])
         learning_rate = float(self.learning_rate(jnp.ravel(state.step)[0]))
         started, chunks = time.perf_counter(), []
-        for first in range(0, self.steps, _CHUNK):
+        for first, batches in zip(range(0, self.steps, _CHUNK), self._feed(orders), strict=True):
             part = slice(first, first + _CHUNK)
-            state, metrics = self._chunk(
-                state, self._images, self._labels, orders[:, part], keys[:, part], kl_weights
-            )
+            state, metrics = self._chunk(state, self._resident, batches, keys[:, part], kl_weights)
             chunks.append(jax.device_get(metrics))
             advance(min(first + _CHUNK, self.steps))
         seconds = time.perf_counter() - started

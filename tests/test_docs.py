@@ -6,9 +6,17 @@ import pkgutil
 
 import pytest
 
+import experiments
 import svd_jax
 
-MODULES = ['svd_jax', *(m.name for m in pkgutil.walk_packages(svd_jax.__path__, 'svd_jax.'))]
+MODULES = [
+    module
+    for package in (svd_jax, experiments)
+    for module in (
+        package.__name__,
+        *(m.name for m in pkgutil.walk_packages(package.__path__, f'{package.__name__}.')),
+    )
+]
 
 
 @pytest.mark.parametrize('name', MODULES)
@@ -17,7 +25,14 @@ def test_examples_in_docstrings(name: str) -> None:
     assert failed == 0
 
 
-@pytest.mark.parametrize('name', ['math', 'tree', 'train', 'linen', 'noise'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        *(f'svd_jax.{name}' for name in ('backend', 'math', 'tree', 'train', 'linen', 'noise')),
+        'experiments.augment',
+        'experiments.stream',
+    ],
+)
 def test_there_are_examples_to_run(name: str) -> None:
-    module = importlib.import_module(f'svd_jax.{name}')
+    module = importlib.import_module(name)
     assert sum(len(test.examples) for test in doctest.DocTestFinder().find(module)) > 0

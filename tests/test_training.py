@@ -1,4 +1,4 @@
-"""Several networks at once: each ends as it would end alone, and their means are their means."""
+"""experiments.training: networks trained at once, or on streamed images, end as they should."""
 
 import json
 import shutil
@@ -141,6 +141,7 @@ def test_one_of_several_dense_networks_is_a_start(tmp_path: Path) -> None:
     [
         ({'seeds': 0}, '--seeds must be at least 1'),
         ({'seeds': 2, 'seed': 2**32 - 1}, '--seed must lie between'),
+        ({'shift': -1}, '--shift must be at least 0'),
         ({'kl_weight': ()}, '--kl-weight needs one weight or several different ones'),
         ({'kl_weight': (1.0, 1.0)}, '--kl-weight needs one weight or several different ones'),
         ({'kl_weight': (-1.0,)}, '--kl-weight must be at least 0'),
@@ -151,3 +152,14 @@ def test_one_of_several_dense_networks_is_a_start(tmp_path: Path) -> None:
 def test_bad_input(options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Config(**options)
+
+
+def test_streamed_images_give_the_same_bits(tmp_path: Path) -> None:
+    options = ('--epochs', '1', '--shift', '2', '--flip')
+    run(tmp_path / 'streamed', *options, '--stream', 'yes')
+    run(tmp_path / 'resident', *options, '--stream', 'no')
+    found, wanted = (params_of(tmp_path / name, 1) for name in ('streamed', 'resident'))
+    np.testing.assert_equal(found, wanted)
+    run(tmp_path / 'plain', '--epochs', '1')
+    plain = params_of(tmp_path / 'plain', 1)['Dense_0']['kernel']
+    assert np.mean(plain != wanted['Dense_0']['kernel']) > 0.5  # the images were changed
