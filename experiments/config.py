@@ -55,6 +55,8 @@ class Config:
     """Weights with log alpha at or above it are dropped."""
     mask_in_training: bool = True
     """Leave the weights above the threshold out of the mean in training too."""
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    """What the layers compute in; parameters, KL and optimiser stay in float32."""
     num_samples: int = 1
     """Draws of the noise per step."""
     shift: int = 0

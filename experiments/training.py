@@ -48,6 +48,7 @@ class Training:
             'threshold': config.threshold,
             'mask_in_training': config.mask_in_training,
             'kl_method': config.kl,
+            'dtype': None if config.dtype == 'float32' else jnp.dtype(config.dtype),
         }
         self.model = network(options=tuple(options.items()))
         self.learning_rate = optax.linear_schedule(

@@ -39,6 +39,7 @@ def by_patches(layer: nn.Module, x: jax.Array) -> bool:
         and layer.conv_general_dilated is None
         and layer.conv_general_dilated_cls is None
         and layer.precision is None
+        and jnp.float16 not in (x.dtype, layer.dtype)
     )
 
 

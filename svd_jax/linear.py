@@ -58,7 +58,12 @@ def sample(
     mean = layer.apply({'params': params}, x, method=method)
     without_bias = layer.clone(use_bias=False) if hasattr(layer, 'use_bias') else layer
     looks_up = isinstance(layer, nn.Embed) and method == '__call__'
-    floats = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
-    squares = x if looks_up else lax.square(floats)
+    if not jnp.issubdtype(x.dtype, jnp.inexact) and not looks_up:
+        x = x.astype(jnp.float32)
+    if mean.dtype == jnp.float16:  # x^2 and sigma^2 leave its range; bfloat16 has float32's
+        without_bias = without_bias.clone(dtype=jnp.float32)
+        sigma2 = jnp.exp(log_sigma2.astype(jnp.float32))
+        x = x if looks_up else x.astype(jnp.float32)
+    squares = x if looks_up else lax.square(x)
     variance = without_bias.apply({'params': {name: sigma2}}, squares, method=method)
     return math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))

@@ -96,12 +96,13 @@ def kl_warmup(begin: int, end: int) -> Schedule:
 
 
 def classification_loss(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Mean cross-entropy in nats, and the share of errors.
+    """Mean cross-entropy in nats, and the share of errors; in float32 at least.
 
     Args:
       logits: (batch, classes).
       labels: (batch,), integers.
     """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, {'error': jnp.mean(jnp.argmax(logits, -1) != labels)}
 

@@ -437,3 +437,23 @@ def test_layers_keep_flaxs_fields_and_names() -> None:
 
     params = Model().init(jax.random.key(0), jnp.ones((1, 4)))['params']
     assert list(params) == ['Dense_0', 'Dense_1']
+
+
+@each_kind
+def test_float16_does_not_lose_the_variance(case: Case) -> None:
+    """sigma^2 = e^-20 is zero in float16, and the square of 300 infinite."""
+    x = inputs(case) if case.name == 'Embed' else 300 * inputs(case)
+    half, full = layers(case, {'dtype': jnp.float16})[0], layers(case)[0]
+    params = init(full, case)
+    name = weight_name(params)
+    params['log_sigma2'] = jnp.full_like(params[name], -20.0)
+    params[name] = jnp.zeros_like(params[name])
+    params.pop('bias', None)  # only the noise is left
+    fields = {'use_bias': False} if hasattr(half, 'use_bias') else {}
+    key = jax.random.key(2)
+    found, wanted = (
+        run(layer.clone(**fields), params, x, rngs={'noise': key})[0] for layer in (half, full)
+    )
+    assert found.dtype == jnp.float16
+    deviation = np.std(np.float64(found)) / np.std(np.float64(wanted))
+    assert 0.6 < deviation < 1.6  # of few draws, in another order perhaps

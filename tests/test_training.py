@@ -163,3 +163,13 @@ def test_streamed_images_give_the_same_bits(tmp_path: Path) -> None:
     run(tmp_path / 'plain', '--epochs', '1')
     plain = params_of(tmp_path / 'plain', 1)['Dense_0']['kernel']
     assert np.mean(plain != wanted['Dense_0']['kernel']) > 0.5  # the images were changed
+
+
+def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(tmp_path: Path) -> None:
+    run(tmp_path / 'half', '--epochs', '1', '--dtype', 'bfloat16')
+    run(tmp_path / 'full', '--epochs', '1')
+    half, full = (params_of(tmp_path / name, 1)['Dense_0'] for name in ('half', 'full'))
+    for name, array in full.items():
+        assert half[name].dtype == array.dtype == np.float32
+        distance = np.mean(np.abs(half[name] - array)) / np.mean(np.abs(array))
+        assert 0 < distance < 0.02, name
