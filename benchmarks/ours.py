@@ -9,7 +9,8 @@ import optax
 from jax import lax
 
 import svd_jax as svd
-from benchmarks.workloads import NUM_BATCHES, NUM_DATA, WORKLOADS, Steps, Variant
+from benchmarks.flops import matrix_flops
+from benchmarks.workloads import NUM_BATCHES, NUM_DATA, WORKLOADS, Program, Variant
 from experiments.models import LeNet5, LeNet300, VGGLike
 
 
@@ -55,8 +56,25 @@ def network(workload: str) -> nn.Module:
     }[workload]
 
 
-def build(workload: str, variant: Variant) -> Steps:
+def _matrix_products() -> Program:
+    """Products of square matrices large enough for the device's best rate."""
+    size = 1024 if jax.default_backend() == 'cpu' else 8192
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    multiply = jax.jit(lambda a, b: (a @ b) / size)
+
+    def run(count: int) -> None:
+        b = a
+        for _ in range(count):
+            b = multiply(a, b)
+        b.block_until_ready()
+
+    return Program(run, matrix_flops(multiply, a, a))
+
+
+def build(workload: str, variant: Variant) -> Program:
     """The training step of a workload, with its state donated and the batches on the device."""
+    if variant.implementation == 'matrix product':
+        return _matrix_products()
     model, tx = network(workload), optax.adam(1e-4)
     inputs, targets = map(jnp.asarray, WORKLOADS[workload].batches())
     init_key, noise_key = jax.random.split(jax.random.key(0))
@@ -83,7 +101,9 @@ def build(workload: str, variant: Variant) -> Steps:
     scanned = jax.jit(scanned, donate_argnums=0)
     batches = list(zip(inputs, targets, strict=True))
 
-    def steps(count: int) -> None:
+    flops = matrix_flops(step, state, batches[0], noise_key)
+
+    def run(count: int) -> None:
         nonlocal state
         metrics = {}
         for i in range(0, count, dispatch):
@@ -94,7 +114,7 @@ def build(workload: str, variant: Variant) -> Steps:
                 state, metrics = step(state, batches[i % NUM_BATCHES], key)
         jax.block_until_ready((state, metrics))
 
-    return steps
+    return Program(run, flops)
 
 
 def device_peak_bytes() -> int | None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.workloads import NUM_BATCHES, NUM_DATA, WORKLOADS, Steps, Variant
+from benchmarks.workloads import NUM_BATCHES, NUM_DATA, WORKLOADS, Program, Variant
 
 Layer = Callable[..., nn.Module]
 
@@ -128,7 +128,7 @@ def network(workload: str, implementation: str) -> nn.Module:
     return _Block(linear, 128, 4, WORKLOADS[workload].classes)
 
 
-def build(workload: str, variant: Variant) -> Steps:
+def build(workload: str, variant: Variant) -> Program:
     """The training step of a workload, with fused Adam and the batches on the device."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     model = network(workload, variant.implementation).to(device)
@@ -146,7 +146,7 @@ def build(workload: str, variant: Variant) -> Steps:
     if variant.mode == 'compiled':
         loss = torch.compile(loss)
 
-    def steps(count: int) -> None:
+    def run(count: int) -> None:
         for i in range(count):
             optimiser.zero_grad()
             loss(inputs[i % NUM_BATCHES], targets[i % NUM_BATCHES]).backward()
@@ -154,7 +154,7 @@ def build(workload: str, variant: Variant) -> Steps:
         if device.type == 'cuda':
             torch.cuda.synchronize()
 
-    return steps
+    return Program(run)
 
 
 def device_peak_bytes() -> int | None:

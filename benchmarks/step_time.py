@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.workloads import Variant, variants
+from benchmarks.workloads import MATRIX_PRODUCT, Variant, variants
 from experiments.environment import environment
 from experiments.report import write_json
 
@@ -66,7 +66,8 @@ class _Process:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             env=os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},
         )  # fmt: skip
-        self.compile_seconds = self._answer()['compile_seconds']
+        ready = self._answer()
+        self.compile_seconds, self.flops = ready['compile_seconds'], ready['flops']
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -103,6 +104,7 @@ class _Process:
             'disturbed_rounds': sum(c['others_share'] >= _DISTURBED for c in self.chunks),
             'peak_mib': max(chunk['peak_bytes'] for chunk in self.chunks) / 2**20,
             'compile_seconds': self.compile_seconds,
+            'flops': self.flops,
         }
 
 
@@ -161,6 +163,7 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
         return min(of_kind, key=lambda r: r['step_ms']['median'], default=None)
 
     ours, dense = fastest('svd_jax', 'jax'), fastest('dense', 'jax')
+    product = fastest(MATRIX_PRODUCT.implementation, 'jax')
     peer, their_dense = fastest('peer', 'torch'), fastest('dense', 'torch')
     many = [r for r in results if r['num_samples'] > 1]
     figures = {}
@@ -173,6 +176,11 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
         figures['fastest peer over its dense'] = _ratio(peer, their_dense)
     if ours and many:
         figures[f'{many[0]["num_samples"]} draws over 1'] = _ratio(many[0], ours)
+    for name, result in (('svd_jax', ours), ('our dense', dense)):
+        if result and product:
+            # The floor: its own matrix products, at the rate of large ones.
+            share = product['flops'] / result['flops']
+            figures[f'{name} over its floor'] = _ratio(result, product) * share
     return figures
 
 

@@ -37,7 +37,7 @@ def _serve(workload: str, variant: Variant) -> None:
     else:
         from benchmarks import peers as framework  # type: ignore[no-redef]
     imported = _resident_bytes('VmRSS')
-    steps = framework.build(workload, variant)
+    steps, flops = framework.build(workload, variant)
     quantum = WORKLOADS[workload].dispatch if variant.mode == 'scan' else 1
     started = time.perf_counter()
     steps(quantum)
@@ -48,7 +48,7 @@ def _serve(workload: str, variant: Variant) -> None:
     step_seconds = (time.perf_counter() - started) / quantum
     # From here on, the peak is that of training, not that of compiling.
     Path('/proc/self/clear_refs').write_text('5')
-    _write({'ready': True, 'compile_seconds': compiled})
+    _write({'compile_seconds': compiled, 'flops': flops})
     for line in sys.stdin:
         count = max(1, round(float(line) / step_seconds / quantum)) * quantum
         others, started = _others_seconds(), time.perf_counter()

@@ -9,8 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Runs so many training steps, and returns when the device is done with them.
-Steps = Callable[[int], None]
+
+class Program(NamedTuple):
+    """A training step that is ready to be timed.
+
+    Attributes:
+      run: runs so many steps, and returns when the device is done with them.
+      flops: of the matrix products and convolutions in a step, if they were counted.
+    """
+
+    run: Callable[[int], None]
+    flops: int | None = None
+
 
 NUM_DATA = 60_000  # the KL is divided by it
 NUM_BATCHES = 8  # that the steps go through in turn
@@ -51,7 +61,8 @@ class Variant(NamedTuple):
 
     Attributes:
       implementation: ``'svd_jax'``, or a peer: ``'cplxmodule'``, ``'pytorch-ard'``,
-        ``'hand-written'`` (the shortest PyTorch for it), and ``'dense'`` for either.
+        ``'hand-written'`` (the shortest PyTorch for it), and ``'dense'`` for either; or
+        ``'matrix product'``, which instead of a step multiplies matrices as fast as it can.
       framework: ``'jax'`` or ``'torch'``.
       mode: ``'step'`` or ``'scan'`` (several steps per dispatch), ``'eager'`` or ``'compiled'``.
       num_samples: draws of the noise per step.
@@ -67,6 +78,7 @@ class Variant(NamedTuple):
         return f'{self.implementation} ({self.framework}, {self.mode}{samples})'
 
 
+MATRIX_PRODUCT = Variant('matrix product', 'jax', 'step')
 OURS = [
     Variant(implementation, 'jax', mode)
     for implementation in ('dense', 'svd_jax')
@@ -82,4 +94,4 @@ PEERS = [
 def variants(workload: str) -> list[Variant]:
     """All that are timed on a workload."""
     samples = [Variant('svd_jax', 'jax', 'scan', 8)] if workload == 'lenet300' else []
-    return [*OURS, *samples, *PEERS]
+    return [MATRIX_PRODUCT, *OURS, *samples, *PEERS]
