@@ -20,6 +20,9 @@ from svd_jax import backend, math, noise
 Params = Mapping[str, jax.Array]
 Pair = tuple[jax.Array, jax.Array]
 
+# Larger patches are formed again for the gradients: their memory would cost more than their time.
+_MOST_BYTES_KEPT = 2**25
+
 # (B, H, W, C) to (C, H, W, B), and back.
 _TURN = (3, 1, 2, 0)
 
@@ -32,7 +35,7 @@ def by_patches(layer: nn.Module, x: jax.Array) -> bool:
         and x.ndim == 4
         and not isinstance(layer.kernel_size, int)
         and len(layer.kernel_size) == 2
-        and layer.padding == 'VALID'
+        and layer.padding in ('VALID', 'SAME')
         and _all_ones(layer.strides, layer.input_dilation, layer.kernel_dilation)
         and layer.feature_group_count == 1
         and layer.mask is None
@@ -45,6 +48,15 @@ def by_patches(layer: nn.Module, x: jax.Array) -> bool:
 
 def _all_ones(*arguments: int | Sequence[int] | None) -> bool:
     return all(set((a,) if isinstance(a, int) else a or (1,)) == {1} for a in arguments)
+
+
+def _channels_first(layer: nn.Module, x: jax.Array) -> jax.Array:
+    """(B, H, W, C) to (C, H, W, B), padded so that a VALID convolution is the layer's."""
+    x = x.transpose(_TURN)
+    if layer.padding == 'VALID':
+        return x
+    (top, bottom), (left, right) = (((n - 1) // 2, n // 2) for n in layer.kernel_size)
+    return jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
 
 
 def _patches(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -111,14 +123,17 @@ def _moments_fwd(x: jax.Array, kernel: jax.Array, sigma2: jax.Array) -> tuple[Pa
     patches, squares = _patches(x, *size), _patches(x * x, *size)
     mean = (_matrix(kernel).T @ patches).reshape(shape)
     variance = (_matrix(sigma2).T @ squares).reshape(shape)
-    return (mean, variance), (x, patches, squares, kernel, sigma2)
+    kept = (patches, squares) if patches.nbytes <= _MOST_BYTES_KEPT else None
+    return (mean, variance), (x, kept, kernel, sigma2)
 
 
 def _moments_bwd(residuals: tuple, gradients: Pair) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, patches, squares, kernel, sigma2 = residuals
+    x, kept, kernel, sigma2 = residuals
+    size = kernel.shape[:2]
+    patches, squares = kept or (_patches(x, *size), _patches(x * x, *size))
     of_mean, of_variance = (g.reshape(g.shape[0], -1) for g in gradients)
     through_mean, through_variance = (
-        _fold(_matrix(weight) @ gradient, x.shape, *kernel.shape[:2])
+        _fold(_matrix(weight) @ gradient, x.shape, *size)
         for weight, gradient in ((kernel, of_mean), (sigma2, of_variance))
     )
     return (
@@ -140,7 +155,7 @@ def apply(layer: Any, params: Params, x: jax.Array) -> jax.Array:
     x, kernel, bias = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), dtype=layer.dtype
     )
-    return _add_bias(_convolve(x.transpose(_TURN), kernel), bias).transpose(_TURN)
+    return _add_bias(_convolve(_channels_first(layer, x), kernel), bias).transpose(_TURN)
 
 
 def sample(
@@ -150,7 +165,7 @@ def sample(
     x, kernel, bias, sigma2 = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), sigma2, dtype=layer.dtype
     )
-    mean, variance = _moments(x.transpose(_TURN), kernel, sigma2)
+    mean, variance = _moments(_channels_first(layer, x), kernel, sigma2)
     y = math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))
     return _add_bias(y, bias).transpose(_TURN)
 

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.random import threefry_2x32
+from scipy import special
 
 
 def _random_words(key: jax.Array, count: int) -> jax.Array:
@@ -23,10 +25,31 @@ def _random_words(key: jax.Array, count: int) -> jax.Array:
     return jax.random.bits(key, (count,), jnp.uint32)
 
 
+def _quantile_ratio(w: np.ndarray) -> np.ndarray:
+    """z / u, where a standard normal lies within z of 0 with probability u = sqrt(1 - exp(-w))."""
+    u = np.sqrt(-np.expm1(-w))
+    return special.ndtri((1 + u) / 2) / u
+
+
+# As a polynomial, with an error in z below 3e-6. XLA's erf_inv takes three times as long: log1p,
+# where log will do for numbers so coarse, and two polynomials for every draw.
+_RATIO = (
+    np.polynomial.chebyshev.Chebyshev.interpolate(
+        _quantile_ratio, 10, domain=[0, -np.log(1 - (1 - 2.0**-16) ** 2)]
+    )
+    .convert(kind=np.polynomial.Polynomial)
+    .coef
+)
+
+
 def _normal_quantile(bits: jax.Array) -> jax.Array:
     """The quantile of the middle of one of 65,536 equal slices of the unit interval."""
-    centred = (bits.astype(jnp.float32) - 32767.5) * (1 / 32768)
-    return jnp.float32(math.sqrt(2)) * lax.erf_inv(centred)
+    u = (bits.astype(jnp.float32) - 32767.5) * (1 / 32768)
+    w = -jnp.log((1 - u) * (1 + u))
+    ratio = jnp.full_like(w, _RATIO[-1])
+    for coefficient in _RATIO[-2::-1]:
+        ratio = ratio * w + np.float32(coefficient)
+    return u * ratio
 
 
 def standard_normal(key: jax.Array, shape: Sequence[int]) -> jax.Array:

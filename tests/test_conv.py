@@ -180,11 +180,48 @@ def test_jit_vmap_and_scan_agree_with_plain_calls() -> None:
             np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize('size', [(3, 3), (2, 4), (5, 1), (7, 7)], ids=str)
+def test_same_padding_is_flax_s_own(size: tuple[int, int]) -> None:
+    """Flax's by XLA's convolution; even sizes pad one more at the end."""
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 6, 5, 3)), jnp.float32)
+    layer = nn.Conv(4, size, bias_init=nn.initializers.normal())
+    params = layer.init(jax.random.key(0), x)['params']
+    assert conv.by_patches(layer, x)
+
+    def by_patches(params, x):
+        return conv.apply(layer, params, x)
+
+    def by_flax(params, x):
+        return layer.apply({'params': params}, x)
+
+    found, wanted = (jax.vjp(jax.jit(f), params, x) for f in (by_patches, by_flax))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    cotangent = jnp.asarray(np.random.default_rng(6).normal(size=wanted[0].shape), jnp.float32)
+    for a, b in zip(
+        jax.tree.leaves(found[1](cotangent)), jax.tree.leaves(wanted[1](cotangent)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_formed_again_give_the_gradients_of_patches_kept(monkeypatch) -> None:
+    _, x, kernel, sigma2, _ = case(SHAPES[0])
+    arguments = [jnp.asarray(a, jnp.float32) for a in (x.transpose(3, 1, 2, 0), kernel, sigma2)]
+
+    def gradients():
+        loss = lambda *a: sum(jnp.sum(jnp.sin(m)) for m in conv._moments(*a))  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1, 2))(*arguments)
+
+    kept = gradients()
+    monkeypatch.setattr(conv, '_MOST_BYTES_KEPT', 0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), kept, gradients())
+
+
 @pytest.mark.parametrize(
     'layer',
     [
-        nn.Conv(2, (3, 3)),
         nn.Conv(2, (3, 3), padding=1),
+        nn.Conv(2, (3, 3), padding='CIRCULAR'),
+        nn.Conv(2, (3, 3), strides=2),
         nn.Conv(2, (3, 3), padding='VALID', strides=2),
         nn.Conv(2, (3, 3), padding='VALID', strides=(1, 2)),
         nn.Conv(2, (3, 3), padding='VALID', kernel_dilation=2),

@@ -53,7 +53,7 @@ def test_all_quantiles_are_as_documented() -> None:
     values = np.asarray(noise._normal_quantile(jnp.arange(2**16, dtype=jnp.uint32)), np.float64)
     assert np.unique(values).size == 2**16
     np.testing.assert_allclose(
-        values, stats.norm.ppf((np.arange(2**16) + 0.5) / 2**16), rtol=1e-3, atol=1e-6
+        values, stats.norm.ppf((np.arange(2**16) + 0.5) / 2**16), rtol=1e-5, atol=1e-8
     )
     np.testing.assert_allclose([values.min(), values.max()], [-4.33, 4.33], atol=0.01)
     assert abs(np.var(values) - 1) < 3e-5
@@ -97,7 +97,8 @@ def test_vmap_over_rbg_keys_gives_distinct_rows() -> None:
 
 
 def test_jit_changes_nothing() -> None:
-    np.testing.assert_array_equal(
+    np.testing.assert_allclose(  # up to the last bits: compiled whole, products and sums are one
         jax.jit(noise.standard_normal, static_argnums=1)(jax.random.key(11), (33,)),
         noise.standard_normal(jax.random.key(11), (33,)),
+        rtol=1e-5,
     )
