@@ -1,8 +1,9 @@
 """Convolution for CPUs: patches and matrix products, with the batch innermost.
 
 XLA's convolutions are slow on a CPU, their gradients slower, and slower still inside a loop. Where
-a layer is an ordinary two-dimensional convolution, its patches are formed once and serve the mean,
-the variance and the gradients of both, as matrix products. All of it runs on arrays of shape
+a layer is an ordinary two-dimensional convolution, its patches are formed once (again for the
+gradients, where they are too large to keep) and serve the mean, the variance and the gradients of
+both, as matrix products. All of it runs on arrays of shape
 (C, H, W, B): there a patch is made of long contiguous runs. The transposes from and to (B, H, W, C)
 at the ends of each function meet and cancel where one of them feeds another.
 """
