@@ -55,6 +55,14 @@ def log_alpha(kernel: jax.Array, log_sigma2: jax.Array) -> jax.Array:
     return _at_least_float32(log_sigma2) - 2.0 * jnp.log(size)
 
 
+def polynomial(coefficients: np.ndarray, x: jax.Array) -> jax.Array:
+    """Horner's rule, lowest power first, in float32."""
+    value = jnp.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value = value * x + np.float32(coefficient)
+    return value
+
+
 # log(1 + e) / e as a polynomial for e in [0, 1], to within half a unit in float32's last place:
 # XLA's log1p costs a CPU more than the rest of the KL together.
 _LOG1P_RATIO = (
@@ -70,10 +78,8 @@ def _softplus(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.float64:
         return jax.nn.softplus(x)
     e = jnp.exp(-jnp.abs(x))
-    ratio = jnp.full_like(e, _LOG1P_RATIO[-1])
-    for coefficient in _LOG1P_RATIO[-2::-1]:
-        ratio = ratio * e + np.float32(coefficient)
-    return jnp.where(x > 0, x + e * ratio, e * ratio)
+    log1p = e * polynomial(_LOG1P_RATIO, e)
+    return jnp.where(x > 0, x + log1p, log1p)
 
 
 @_softplus.defjvp
