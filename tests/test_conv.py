@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import svd_jax as svd
-from svd_jax import conv, noise
+from svd_jax import conv, narrow, noise, wide
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != 'cpu', reason='only CPUs convolve by patches'
@@ -21,6 +21,7 @@ SHAPES = [
     ((4, 8, 5, 2), (3, 1), 1),
     ((2, 4, 5, 3), (4, 5), 3),  # one output position
     ((2, 4, 3, 2), (1, 1), 3),
+    ((6, 5, 4, 7), (3, 2), 64),  # wide
 ]
 every_shape = pytest.mark.parametrize('shape', SHAPES, ids=str)
 
@@ -104,7 +105,7 @@ def test_moments_are_two_convolutions_with_their_gradients(shape, monkeypatch) -
 
     y, vjp = jax.vjp(sample, *float32(x, kernel, sigma2))
     eps = draws[0]
-    if eps.shape != y.shape:
+    if layer.features < 64:
         eps = eps.transpose(3, 1, 2, 0)  # drawn with the batch innermost
 
     def wanted(x, kernel, sigma2):
@@ -180,11 +181,24 @@ def test_jit_vmap_and_scan_agree_with_plain_calls() -> None:
             np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize('size', [(3, 3), (2, 4), (5, 1), (7, 7)], ids=str)
-def test_same_padding_is_flax_s_own(size: tuple[int, int]) -> None:
-    """Flax's by XLA's convolution; even sizes pad one more at the end."""
+@pytest.mark.parametrize('features', [4, 64])
+@pytest.mark.parametrize(
+    ('size', 'padding'),
+    [
+        ((3, 3), 'SAME'),
+        ((2, 4), 'SAME'),  # even sizes pad one more at the end
+        ((5, 1), 'SAME'),
+        ((7, 7), 'SAME'),
+        ((3, 3), 1),
+        ((3, 4), (2, 1)),
+        ((2, 3), ((1, 0), (0, 2))),
+    ],
+    ids=str,
+)
+def test_padding_is_flax_s_own(size: tuple[int, int], padding, features: int) -> None:
+    """Flax's by XLA's convolution."""
     x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 6, 5, 3)), jnp.float32)
-    layer = nn.Conv(4, size, bias_init=nn.initializers.normal())
+    layer = nn.Conv(features, size, padding=padding, bias_init=nn.initializers.normal())
     params = layer.init(jax.random.key(0), x)['params']
     assert conv.by_patches(layer, x)
 
@@ -203,23 +217,51 @@ def test_same_padding_is_flax_s_own(size: tuple[int, int]) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('images', [1, 2, 5])  # in a block at most; of a batch of six
+def test_blocks_of_the_batch_give_what_all_of_it_gives(monkeypatch, images, dtype) -> None:
+    _, x, kernel, sigma2, _ = case(SHAPES[-1])
+    x, *kernels = (jnp.asarray(a, dtype) for a in (x, kernel, sigma2))
+    padding = (1, 1), (0, 1)
+    cotangents = np.random.default_rng(7).normal(size=(2, 6, 5, 4, 64))
+
+    def outputs_and_gradients():
+        y, vjp = jax.vjp(lambda x, *k: wide._convolve(x, k, padding), x, *kernels)
+        return y, vjp(tuple(jnp.asarray(c, dtype) for c in cotangents))
+
+    at_once = outputs_and_gradients()
+    loops = str(jax.make_jaxpr(lambda: outputs_and_gradients())()).count('scan[')
+    assert loops == 0
+    bytes_per_image = 5 * 4 * kernel[..., 0].size * jnp.dtype(dtype).itemsize
+    monkeypatch.setattr(wide, '_BLOCK_BYTES', images * bytes_per_image)
+    assert str(jax.make_jaxpr(lambda: outputs_and_gradients())()).count('scan[') > 0
+    tolerance = 2e-5 if dtype == jnp.float32 else 0.02
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            *map(np.float64, (a, b)), rtol=tolerance, atol=tolerance * np.abs(np.float64(b)).max()
+        ),
+        outputs_and_gradients(),
+        at_once,
+    )
+
+
 def test_patches_formed_again_give_the_gradients_of_patches_kept(monkeypatch) -> None:
     _, x, kernel, sigma2, _ = case(SHAPES[0])
     arguments = [jnp.asarray(a, jnp.float32) for a in (x.transpose(3, 1, 2, 0), kernel, sigma2)]
 
     def gradients():
-        loss = lambda *a: sum(jnp.sum(jnp.sin(m)) for m in conv._moments(*a))  # noqa: E731
+        loss = lambda *a: sum(jnp.sum(jnp.sin(m)) for m in narrow._moments(*a))  # noqa: E731
         return jax.grad(loss, argnums=(0, 1, 2))(*arguments)
 
     kept = gradients()
-    monkeypatch.setattr(conv, '_MOST_BYTES_KEPT', 0)
+    monkeypatch.setattr(narrow, '_MOST_BYTES_KEPT', 0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), kept, gradients())
 
 
 @pytest.mark.parametrize(
     'layer',
     [
-        nn.Conv(2, (3, 3), padding=1),
+        nn.Conv(2, (3, 3), padding=3),
         nn.Conv(2, (3, 3), padding='CIRCULAR'),
         nn.Conv(2, (3, 3), strides=2),
         nn.Conv(2, (3, 3), padding='VALID', strides=2),
@@ -246,7 +288,7 @@ def test_other_ranks_are_left_to_xla(kernel_size) -> None:
     assert not conv.by_patches(plane, jnp.ones((5, 5, 2)))
 
 
-@pytest.mark.parametrize('shape', [(3, 4, 6, 2), (1, 2, 2, 1), (2, 10, 2, 5)])
+@pytest.mark.parametrize('shape', [(3, 4, 6, 2), (1, 2, 2, 1), (2, 10, 2, 5), (2, 4, 2, 64)])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_max_pool_is_flaxs_with_its_gradient(shape, dtype) -> None:
     rng = np.random.default_rng(0)

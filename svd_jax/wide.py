@@ -1,0 +1,149 @@
+"""Convolutions of many channels on CPUs: channels innermost, a few images at a time.
+
+The patches of a few images fit in the processor's cache: there they are formed, multiplied and
+forgotten, in a loop over blocks of the batch, and again for the gradients. The gradient with
+respect to the input is itself a convolution, of the outputs' gradient with the kernel turned round.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from svd_jax import math, noise
+
+# Zeros around the image: top and bottom, left and right.
+Padding = tuple[tuple[int, int], tuple[int, int]]
+Arrays = tuple[jax.Array, ...]
+
+# What the patches of a block may take. Twice or half as much is as fast.
+_BLOCK_BYTES = 2**22
+
+
+def apply(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, padding: Padding) -> jax.Array:
+    """The convolution of (B, H, W, C), with a kernel (height, width, C, F) and a bias (F,)."""
+    return _add_bias(_convolve(x, (kernel,), padding)[0], bias)
+
+
+def sample(
+    x: jax.Array,
+    kernel: jax.Array,
+    sigma2: jax.Array,
+    bias: jax.Array | None,
+    padding: Padding,
+    key: jax.Array,
+) -> jax.Array:
+    """The convolution with a random kernel; see :func:`svd_jax.linear.sample`."""
+    mean, variance = _convolve(x, (kernel, sigma2), padding)
+    y = math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))
+    return _add_bias(y, bias)
+
+
+def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + bias[None, None, None]
+
+
+def _patches(x: jax.Array, height: int, width: int, padding: Padding) -> jax.Array:
+    """(B, H, W, C) to (B * h * w, height * width * C): a row for every output."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    h, w = x.shape[1] - height + 1, x.shape[2] - width + 1
+    windows = [x[:, i : i + h, j : j + w] for i in range(height) for j in range(width)]
+    return jnp.concatenate(windows, -1).reshape(x.shape[0] * h * w, -1)
+
+
+def _powers(patches: jax.Array, count: int) -> Arrays:
+    """What the kernels multiply: the patches for the mean, their squares for the variance."""
+    return (patches, patches * patches)[:count]
+
+
+def _block_size(batch: int, bytes_per_image: int) -> int:
+    """How many images to take at a time: a divisor of the batch, so that no block is ragged."""
+    most = max(1, min(batch, _BLOCK_BYTES // bytes_per_image))
+    return max(n for n in range(1, most + 1) if batch % n == 0)
+
+
+def _in_blocks(size: int, arrays: Sequence[jax.Array]) -> Arrays:
+    return tuple(a.reshape(-1, size, *a.shape[1:]) for a in arrays)
+
+
+def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
+    """Outputs of x with the first kernel, and of its squares with the second if there is one."""
+    height, width, channels, features = kernels[0].shape
+    batch, rows, columns, _ = x.shape
+    h, w = (n + sum(p) - k + 1 for n, p, k in zip(
+        (rows, columns), padding, (height, width), strict=True
+    ))  # fmt: skip
+    matrices = [kernel.reshape(-1, features) for kernel in kernels]
+    size = _block_size(batch, h * w * height * width * channels * x.dtype.itemsize)
+
+    def outputs(x: jax.Array) -> Arrays:
+        powers = _powers(_patches(x, height, width, padding), len(kernels))
+        return tuple(
+            (power @ matrix).reshape(-1, h, w, features)
+            for power, matrix in zip(powers, matrices, strict=True)
+        )
+
+    if size == batch:
+        return outputs(x)
+    blocks = lax.map(lambda block: outputs(*block), _in_blocks(size, [x]))
+    return tuple(block.reshape(batch, h, w, features) for block in blocks)
+
+
+def _of_kernels(x: jax.Array, gradients: Arrays, like: Arrays, padding: Padding) -> Arrays:
+    """The gradients of the kernels, given those of the outputs."""
+    height, width, channels, features = like[0].shape
+    batch, h, w, _ = gradients[0].shape
+    size = _block_size(batch, h * w * height * width * channels * x.dtype.itemsize)
+    exact = jnp.promote_types(x.dtype, jnp.float32)  # what sums over blocks are kept in
+
+    def products(x: jax.Array, *gradients: jax.Array) -> Arrays:
+        powers = _powers(_patches(x, height, width, padding), len(gradients))
+        return tuple(
+            jnp.matmul(power.T, gradient.reshape(-1, features), preferred_element_type=exact)
+            for power, gradient in zip(powers, gradients, strict=True)
+        )
+
+    if size == batch:
+        totals = products(x, *gradients)
+    else:
+        zeros = tuple(jnp.zeros((height * width * channels, features), exact) for _ in like)
+        totals, _ = lax.scan(
+            lambda totals, block: (jax.tree.map(jnp.add, totals, products(*block)), None),
+            zeros,
+            _in_blocks(size, [x, *gradients]),
+        )
+    return tuple(
+        total.reshape(kernel.shape).astype(kernel.dtype)
+        for total, kernel in zip(totals, like, strict=True)
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
+    return _correlate(x, kernels, padding)
+
+
+def _convolve_fwd(
+    x: jax.Array, kernels: Arrays, padding: Padding
+) -> tuple[Arrays, tuple[jax.Array, Arrays]]:
+    return _correlate(x, kernels, padding), (x, kernels)
+
+
+def _convolve_bwd(
+    padding: Padding, residuals: tuple[jax.Array, Arrays], gradients: Arrays
+) -> tuple[jax.Array, Arrays]:
+    x, kernels = residuals
+    size = kernels[0].shape[:2]
+    around = tuple((n - 1 - p, n - 1 - q) for n, (p, q) in zip(size, padding, strict=True))
+    turned = [kernel[::-1, ::-1].swapaxes(2, 3) for kernel in kernels]
+    of_powers = [
+        _correlate(gradient, (kernel,), around)[0]
+        for gradient, kernel in zip(gradients, turned, strict=True)
+    ]
+    of_x = sum(factor * of_power for factor, of_power in zip((1, 2 * x), of_powers, strict=False))
+    return of_x, _of_kernels(x, gradients, kernels, padding)
+
+
+_convolve.defvjp(_convolve_fwd, _convolve_bwd)
