@@ -156,7 +156,7 @@ def test_a_short_run_writes_what_it_measured(tmp_path):
 
 def test_a_run_that_times_nothing_says_so(capsys):
     with pytest.raises(SystemExit):
-        step_time.main(step_time.Options(workloads=('lenet300',), only='no such variant'))
+        step_time.main(step_time.Options(workloads=('lenet300',), only=('no such variant',)))
     assert 'svd_jax (jax, step)' in capsys.readouterr().err
 
 

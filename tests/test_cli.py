@@ -1,7 +1,6 @@
 """The experiments from their command line: results that agree with NumPy, and bad input."""
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -10,37 +9,19 @@ import time
 import types
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from experiments import config, data, lenet5, lenet300, models, training
+from experiments import data, lenet5, lenet300, models, training
 from experiments.config import Config
 from experiments.errors import UsageError
-
-ROOT = Path(__file__).parents[1]
+from run_folders import ROOT, main, metrics_of, params_of, summary_of
 
 
 def run_lenet300(out: Path, *options: str) -> dict:
     """Trains in this process, from the command line on; returns the summary."""
     main(lenet300, '--dataset', 'mnist5k', '--out', str(out), *options)
-    return json.loads((out / 'summary.json').read_text())
-
-
-def main(experiment: object, *arguments: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['experiment', *arguments])
-        config.command_line(experiment.run, experiment.DEFAULTS, experiment.__doc__)
-
-
-def params_of(out: Path, epoch: int) -> dict:
-    """The parameters in a checkpoint, read without the code under test."""
-    folder = (out / 'checkpoints' / str(epoch)).absolute()
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        state = checkpointer.restore(folder, args=args)['state']
-    return jax.tree.map(np.asarray, state['params'])
+    return summary_of(out)
 
 
 def kept(layer: dict, threshold: float = 3.0) -> np.ndarray:
@@ -82,7 +63,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_summary_agrees_with_numpy(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    summary = json.loads((out / 'summary.json').read_text())
+    summary = summary_of(out)
     expected = {'experiment': 'lenet300', 'method': 'sparse_vd', 'recipe': 'paper', 'seed': 0,
                 'dataset': 'mnist5k', 'epochs': 2, 'total': 266_200}  # fmt: skip
     assert {name: summary[name] for name in expected} == expected
@@ -107,8 +88,8 @@ def test_summary_agrees_with_numpy(finished: tuple[Path, str]) -> None:
 
 def test_files_of_a_run(finished: tuple[Path, str]) -> None:
     out, printed = finished
-    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
-    summary = json.loads((out / 'summary.json').read_text())
+    rows = metrics_of(out)
+    summary = summary_of(out)
     assert [row['epoch'] for row in rows] == [1, 2]
     for name in ('test_error', 'nonzero', 'compression', 'sparsity_per_layer'):
         assert rows[-1][name] == summary[name]
@@ -189,7 +170,7 @@ def test_lenet5(tmp_path: Path) -> None:
     # A thousand images to train on are enough to see that it learns.
     arguments = ['--dataset', 'mnist5k', '--validation', '3000', '--batch-size', '50']
     main(lenet5, *arguments, '--epochs', '1', '--out', str(tmp_path / 'run'))
-    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    summary = summary_of(tmp_path / 'run')
     assert summary['experiment'] == 'lenet5'
     assert summary['total'] == 430_500
     params = params_of(tmp_path / 'run', 1)

@@ -7,7 +7,6 @@ _EPOCHS and _SEED choose another run.
 import dataclasses
 import errno
 import gc
-import json
 import os
 import random
 import re
@@ -21,13 +20,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from experiments import config, lenet5, lenet300, loop, pictures, report
+from experiments import lenet5, lenet300, loop, pictures, report
 from experiments.errors import UsageError
+from run_folders import ROOT, main, metrics_of, state_of, summary_of, without_times
 
-ROOT = Path(__file__).parents[1]
 EXPERIMENT = os.environ.get('SVD_JAX_KILL_EXPERIMENT', 'lenet300')
 EPOCHS = int(os.environ.get('SVD_JAX_KILL_EPOCHS', 3))
 KILLS = int(os.environ.get('SVD_JAX_KILLS', 2))
@@ -35,7 +33,6 @@ KILLS = int(os.environ.get('SVD_JAX_KILLS', 2))
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 Process = subprocess.Popen[bytes]
-TIMES = ('train_seconds', 'steps_per_second')
 
 
 def command(out: Path, *options: str, epochs: int = EPOCHS) -> list[str]:
@@ -45,44 +42,28 @@ def command(out: Path, *options: str, epochs: int = EPOCHS) -> list[str]:
     ]  # fmt: skip
 
 
-def state_of(out: Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint by its path, read without the code under test."""
-    newest = max((p for p in (out / 'checkpoints').iterdir() if p.name.isdecimal()),
-                 key=lambda p: int(p.name))  # fmt: skip
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        state = checkpointer.restore(newest.absolute(), args=args)['state']
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+def arrays_of(out: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(state_of(out))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def assert_same_run(out: Path, reference: Path, epochs: int = EPOCHS) -> None:
     """The same parameters and optimiser bit for bit, summary and metrics, apart from times."""
-    states = state_of(out), state_of(reference)
+    states = arrays_of(out), arrays_of(reference)
     assert states[0].keys() == states[1].keys()
     for name, array in states[0].items():
         np.testing.assert_array_equal(array, states[1][name], err_msg=name, strict=True)
-    summaries = [json.loads((folder / 'summary.json').read_text()) for folder in (out, reference)]
-    assert without(summaries[0], TIMES) == without(summaries[1], TIMES)
-    rows = [metrics(folder) for folder in (out, reference)]
+    summaries = [without_times(summary_of(folder)) for folder in (out, reference)]
+    assert summaries[0] == summaries[1]
+    rows = [[without_times(row) for row in metrics_of(folder)] for folder in (out, reference)]
     assert [row['epoch'] for row in rows[0]] == list(range(1, epochs + 1))
-    times = ('seconds', 'images_per_second')
-    assert [without(row, times) for row in rows[0]] == [without(row, times) for row in rows[1]]
-
-
-def without(values: dict, names: tuple[str, ...]) -> dict:
-    return {name: value for name, value in values.items() if name not in names}
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    assert rows[0] == rows[1]
 
 
 def train(out: Path, *options: str, epochs: int = EPOCHS) -> None:
     """Trains in this process, from the command line on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['lenet300', *command(out, *options, epochs=epochs)[3:]])
-        config.command_line(lenet300.run, lenet300.DEFAULTS, '')
+    main(lenet300, *command(out, *options, epochs=epochs)[3:])
 
 
 @pytest.fixture(scope='module')
@@ -214,13 +195,13 @@ def assert_refused(out: Path, *options: str, match: str, capfd: pytest.CaptureFi
 def test_complete_run_only_writes_its_summary_again(
     reference: Path, copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    summary = json.loads((copy / 'summary.json').read_text())
+    summary = summary_of(copy)
     (copy / 'summary.json').unlink()
     shutil.rmtree(copy / 'pictures')
     before = [p.stat().st_mtime_ns for p in sorted((copy / 'checkpoints').rglob('*'))]
     train(copy, '--resume')
     assert f'all {EPOCHS} epochs are done' in capfd.readouterr().out
-    assert json.loads((copy / 'summary.json').read_text()) == summary  # with its times
+    assert summary_of(copy) == summary  # with its times
     assert (copy / 'pictures' / 'weights.gif').is_file()
     assert [p.stat().st_mtime_ns for p in sorted((copy / 'checkpoints').rglob('*'))] == before
     assert_same_run(copy, reference)
@@ -286,8 +267,8 @@ def test_full_disk_at_the_end(
         patch.setattr(module, name, full_disk)
         assert_refused(copy, '--resume', match='No space left on device.*--resume', capfd=capfd)
     gc.collect()  # a file that was left open warns here
-    np.testing.assert_equal(state_of(copy), state_of(reference))
-    assert metrics(copy) == metrics(reference)
+    np.testing.assert_equal(arrays_of(copy), arrays_of(reference))
+    assert metrics_of(copy) == metrics_of(reference)
 
 
 def test_disk_that_fills_up_while_training(

@@ -1,47 +1,29 @@
 """experiments.training: networks trained at once, or on streamed images, end as they should."""
 
-import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import svd_jax as svd
-from experiments import config, lenet300
+from experiments import lenet300
 from experiments.config import Config
 from experiments.errors import UsageError
+from run_folders import main, metrics_of, params_of, summary_of, without_times
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 SHORT = ('--dataset', 'mnist5k', '--batch-size', '1000', '--checkpoint-seconds', '0')
-TIMES = ('train_seconds', 'steps_per_second', 'seconds', 'images_per_second')
 
 
 def run(out: Path, *options: str) -> dict:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['experiment', *SHORT, '--out', str(out), *options])
-        config.command_line(lenet300.run, lenet300.DEFAULTS, lenet300.__doc__)
-    return json.loads((out / 'summary.json').read_text())
-
-
-def params_of(out: Path, epoch: int) -> dict:
-    """The parameters in a checkpoint, read without the code under test."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        found = checkpointer.restore((out / 'checkpoints' / str(epoch)).absolute(), args=args)
-    return jax.tree.map(np.asarray, found['state']['params'])
+    main(lenet300, *SHORT, '--out', str(out), *options)
+    return summary_of(out)
 
 
 def rows(out: Path) -> list[dict]:
-    lines = (out / 'metrics.jsonl').read_text().splitlines()
-    return [without_times(json.loads(line)) for line in lines]
-
-
-def without_times(values: dict) -> dict:
-    return {name: value for name, value in values.items() if name not in TIMES}
+    return [without_times(row) for row in metrics_of(out)]
 
 
 @pytest.fixture(scope='module')
@@ -60,7 +42,7 @@ def test_on_a_cpu_each_ends_with_the_same_bits_as_alone(four: Path, tmp_path: Pa
         pytest.skip('side by side, sums are taken in another order')
     summary = run(tmp_path / 'alone', '--epochs', '2', '--seed', '4', '--kl-weight', '20')
     np.testing.assert_equal(params_of(four / 'seed4-kl20', 2), params_of(tmp_path / 'alone', 2))
-    together = json.loads((four / 'seed4-kl20' / 'summary.json').read_text())
+    together = summary_of(four / 'seed4-kl20')
     assert without_times(together) == without_times(summary)
     assert rows(four / 'seed4-kl20') == rows(tmp_path / 'alone')
     for file in ('run.json', 'frames', 'training_curves.png', 'tensorboard'):
@@ -94,8 +76,8 @@ def test_networks_differ_by_seed_and_kl_weight(four: Path) -> None:
 
 
 def test_the_summary_holds_means_and_deviations(four: Path) -> None:
-    summary = json.loads((four / 'summary.json').read_text())
-    each = [json.loads((four / name / 'summary.json').read_text()) for name in NAMES]
+    summary = summary_of(four)
+    each = [summary_of(four / name) for name in NAMES]
     for field in ('test_error', 'compression', 'nonzero'):
         values = [own[field] for own in each]
         np.testing.assert_allclose(summary[field], np.mean(values))

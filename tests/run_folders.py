@@ -1,0 +1,50 @@
+"""What tests of the experiments share: to start a run, and to read what it left behind."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments import config
+
+ROOT = Path(__file__).parents[1]
+TIMES = ('train_seconds', 'steps_per_second', 'seconds', 'images_per_second')
+
+
+def main(experiment: Any, *arguments: str) -> None:
+    """An experiment, from its command line on, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['experiment', *arguments])
+        config.command_line(experiment.run, experiment.DEFAULTS, experiment.__doc__)
+
+
+def state_of(out: Path, epoch: int | None = None) -> dict[str, Any]:
+    """The newest checkpoint, or that of an epoch, read without the code under test."""
+    folders = (folder for folder in (out / 'checkpoints').iterdir() if folder.name.isdecimal())
+    epoch = epoch or max(int(folder.name) for folder in folders)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        found = checkpointer.restore((out / 'checkpoints' / str(epoch)).absolute(), args=args)
+    return jax.tree.map(np.asarray, found['state'])
+
+
+def params_of(out: Path, epoch: int | None = None) -> dict[str, Any]:
+    return state_of(out, epoch)['params']
+
+
+def summary_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / 'summary.json').read_text())
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    """A row per epoch."""
+    return [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+
+
+def without_times(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in TIMES}
