@@ -63,14 +63,13 @@ def _train(
     checkpoints = _checkpoints(experiment, out, console)
     state, done, seconds = _start(experiment, training, checkpoints, console)
     # Only now: a run that could not start leaves its folder free.
-    write_json(out / 'run.json', facts | config.identity())
-    if done < config.epochs:
-        (out / 'summary.json').unlink(missing_ok=True)  # its being there says: complete
     alone = config.alone()
     folders = [out] if len(alone) == 1 else [out / name for name in alone]
-    for folder, options in zip(folders, alone.values(), strict=True):
+    for folder, options in {out: config, **dict(zip(folders, alone.values(), strict=True))}.items():
         folder.mkdir(exist_ok=True)
         write_json(folder / 'run.json', facts | options.identity())
+    if done < config.epochs:
+        (out / 'summary.json').unlink(missing_ok=True)  # its being there says: complete
     if not done:
         _save_frames(folders, 0, training, state)
     title = f'{experiment}, {config.method}, {facts["dataset"]}, ' + ', '.join(alone)

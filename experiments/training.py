@@ -57,8 +57,8 @@ class Training:
             max(1, round(config.epochs * self.steps * (1 - config.decay_from))),
             round(config.epochs * self.steps * config.decay_from),
         )
-        # The paper's authors minimise N times this loss: beside it, their Adam's eps of 1e-8 is this.
-        # Weights that are about to be dropped have gradients as small as 1e-8.
+        # The paper's authors minimise N times this loss, with an eps of 1e-8: this is the same. A
+        # weight that is about to be dropped has gradients of about 1e-8 here.
         self.tx = optax.adam(self.learning_rate, eps=1e-8 / self._count)
         begin, end = (round(epoch * self.steps) for epoch in config.kl_warmup)
         self._warmup = svd.kl_warmup(begin, end)
