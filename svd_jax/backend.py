@@ -9,18 +9,34 @@ a step that is not finite          takes the other branch        selects the old
 =================================  ============================  ===========================
 
 On a CPU, XLA's convolutions and the gradients of its pooling are slow (see :mod:`svd_jax.conv`),
-and a branch costs nothing, while a selection reads and copies the whole state. On an accelerator a
-branch waits for the host, and the selection is free.
+and a branch costs nothing, while a selection reads and copies the whole state: measured, see
+docs/performance.md. What accelerators get is XLA's ordinary way, which no measurement of ours has
+questioned yet; a branch there is expected to wait for the host.
 
 The environment variable ``SVD_JAX_WAYS`` overrides the choice: ``cpu`` or ``accelerator``. It is
 read when a function is traced; what was compiled before stays as it is.
 """
 
+import contextlib
+import contextvars
 import os
+from collections.abc import Iterator
 
 import jax
 
 VARIABLE = 'SVD_JAX_WAYS'
+
+_overridden: contextvars.ContextVar[str | None] = contextvars.ContextVar('ways', default=None)
+
+
+@contextlib.contextmanager
+def override(ways: str) -> Iterator[None]:
+    """Chooses for what is traced within: ``'cpu'`` or ``'accelerator'``."""
+    token = _overridden.set(ways)
+    try:
+        yield
+    finally:
+        _overridden.reset(token)
 
 
 def as_on_cpu() -> bool:
@@ -34,7 +50,7 @@ def as_on_cpu() -> bool:
       >>> backend.as_on_cpu() in (True, False)
       True
     """
-    ways = os.environ.get(VARIABLE, '')
+    ways = _overridden.get() or os.environ.get(VARIABLE, '')
     if ways not in ('', 'cpu', 'accelerator'):
         raise ValueError(f"{VARIABLE} must be 'cpu' or 'accelerator', got {ways!r}")
     return (ways or jax.default_backend()) == 'cpu'

@@ -135,14 +135,15 @@ def _convolve_bwd(
     padding: Padding, residuals: tuple[jax.Array, Arrays], gradients: Arrays
 ) -> tuple[jax.Array, Arrays]:
     x, kernels = residuals
-    size = kernels[0].shape[:2]
-    around = tuple((n - 1 - p, n - 1 - q) for n, (p, q) in zip(size, padding, strict=True))
-    turned = [kernel[::-1, ::-1].swapaxes(2, 3) for kernel in kernels]
-    of_powers = [
-        _correlate(gradient, (kernel,), around)[0]
-        for gradient, kernel in zip(gradients, turned, strict=True)
-    ]
-    of_x = sum(factor * of_power for factor, of_power in zip((1, 2 * x), of_powers, strict=False))
+    height, width = kernels[0].shape[:2]
+    (top, bottom), (left, right) = padding
+    around = (height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right)
+    of_x, *of_squares = (
+        _correlate(gradient, (kernel[::-1, ::-1].swapaxes(2, 3),), around)[0]
+        for gradient, kernel in zip(gradients, kernels, strict=True)
+    )
+    for of_square in of_squares:
+        of_x = of_x + 2 * x * of_square
     return of_x, _of_kernels(x, gradients, kernels, padding)
 
 

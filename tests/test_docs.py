@@ -28,7 +28,10 @@ def test_examples_in_docstrings(name: str) -> None:
 @pytest.mark.parametrize(
     'name',
     [
-        *(f'svd_jax.{name}' for name in ('backend', 'math', 'tree', 'train', 'linen', 'noise')),
+        *(
+            f'svd_jax.{name}'
+            for name in ('backend', 'compaction', 'math', 'tree', 'train', 'linen', 'noise')
+        ),
         'experiments.augment',
         'experiments.stream',
     ],

@@ -1,0 +1,516 @@
+"""From a sparsified network to a smaller one with the same outputs.
+
+A unit whose incoming weights are all zero is a constant: it moves into the next bias. One whose
+outgoing weights are all zero is nothing. Which axes of which arrays belong together is read from
+the network's own program, operation by operation (:mod:`svd_jax.rules`): forwards, which units are
+constant; backwards, which are read. The arrays then keep the units that are read and vary. What no
+rule covers is left as it is.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from flax.core import meta
+
+from svd_jax import backend
+from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
+from svd_jax.rules import RULES, Fixed, Units, Use, View, everything
+from svd_jax.tree import LOG_SIGMA2
+
+PyTree = Any
+Path = tuple[str, ...]
+
+
+# What a weight may go through on its way to its use, and still be that weight.
+_RESHAPING = ('reshape', 'broadcast_in_dim', 'convert_element_type', 'squeeze')
+
+
+class Layer(NamedTuple):
+    """What became of a product or convolution with weights.
+
+    Attributes:
+      path: of its module.
+      inputs: it reads, before and after; the others no weight reads.
+      units: it makes, before and after.
+      multiply_adds: for the example input, before and after.
+    """
+
+    path: str
+    inputs: tuple[int, int]
+    units: tuple[int, int]
+    multiply_adds: tuple[int, int]
+
+
+class Report(NamedTuple):
+    """What :func:`compact` removed; printed, a table.
+
+    Attributes:
+      layers: in the order in which they run.
+      weights: numbers in the tree, before and after.
+      left: what was left as it is, and why, a line each.
+    """
+
+    layers: tuple[Layer, ...]
+    weights: tuple[int, int]
+    left: tuple[str, ...]
+
+    @property
+    def multiply_adds(self) -> tuple[int, int]:
+        """Of all layers, before and after."""
+        before, after = zip(*(layer.multiply_adds for layer in self.layers), strict=True)
+        return sum(before), sum(after)
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [('layer', 'inputs', 'units', 'multiply-adds')]
+        for layer in self.layers:
+            changes = layer.inputs, layer.units, layer.multiply_adds
+            rows.append((layer.path, *map(_change, changes)))
+        rows.append(('total', '', '', _change(self.multiply_adds)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
+        ]
+        lines.append(f'numbers in the tree: {_change(self.weights)}')
+        return '\n'.join([*lines, *(f'left: {line}' for line in self.left)])
+
+
+def _change(numbers: tuple[int, int]) -> str:
+    return f'{numbers[0]:,} -> {numbers[1]:,}'
+
+
+class _Fit(NamedTuple):
+    """How to make the units that an operation reads out of those that an array has.
+
+    Attributes:
+      take: for every axis where they differ, which to take; beyond the end: of the constants.
+      constants: what is appended along the axis of the constant units, if any are read.
+    """
+
+    take: dict[int, np.ndarray]
+    constants: tuple[int, np.ndarray] | None
+
+    @classmethod
+    def between(cls, has: Units, reads: Units, fixed: Fixed | None) -> '_Fit':
+        take, constants = {}, None
+        for axis, (own, wanted) in enumerate(zip(has, reads, strict=True)):
+            if np.array_equal(own, wanted):
+                continue
+            place = np.cumsum(own) - 1
+            missing = wanted & ~own
+            if missing.any():
+                assert fixed is not None
+                assert fixed.axis == axis
+                assert not np.any(missing & ~fixed.units)
+                place = np.where(missing, own.sum() + np.cumsum(missing) - 1, place)
+                constants = axis, fixed.values[missing]
+            take[axis] = place[wanted]
+        return cls(take, constants)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.constants is not None:
+            axis, values = self.constants
+            shape = [len(values) if a == axis else n for a, n in enumerate(x.shape)]
+            place = [-1 if a == axis else 1 for a in range(x.ndim)]
+            block = jnp.broadcast_to(jnp.asarray(values, x.dtype).reshape(place), shape)
+            x = jnp.concatenate([x, block], axis)
+        for axis, places in self.take.items():
+            x = jnp.take(x, places, axis)
+        return x
+
+
+class _Step(NamedTuple):
+    """An equation that still runs.
+
+    Attributes:
+      at: its index in the program.
+      fits: for every operand.
+      use: see :class:`svd_jax.rules.Use`; None: on whole arrays.
+      constant: the path of the array that is added to the result, and the first axis it goes along.
+    """
+
+    at: int
+    fits: tuple[_Fit | None, ...]
+    use: Use | None
+    constant: tuple[Path, int] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # the arrays have no equality to speak of
+class Compact:
+    """A smaller network.
+
+    Attributes:
+      params: the smaller tree. A layer without a bias that took on constants has one named
+        ``constant`` beside its kernel.
+      apply: the pure function that runs it: ``apply(params, x)`` gives what
+        ``model.apply(variables, x)`` gave. It can be compiled, differentiated, vmapped, exported.
+      report: what was removed.
+    """
+
+    params: PyTree
+    apply: Callable[..., Any]
+    report: Report
+
+    def __call__(self, *inputs: Any) -> Any:
+        """``apply`` with these parameters."""
+        return self.apply(self.params, *inputs)
+
+
+def compact(model: Any, variables: PyTree, *example: Any, **options: Any) -> Compact:
+    """A physically smaller network with the outputs of a sparsified one.
+
+    Args:
+      model: a ``flax.linen.Module``, or whatever has such an ``apply``; or a pure function of the
+        variables and the inputs.
+      variables: its sparsified parameters; or its variables, with the parameters under ``'params'``
+        and, say, ``'batch_stats'``.
+      example: example inputs, arrays. Others may have another batch size.
+      options: for ``apply``, such as ``deterministic=True``. Whatever makes the model a function of
+        its inputs alone: no dropout, running averages.
+
+    Returns:
+      The smaller tree, the function that runs it, and a report.
+
+    Raises:
+      ValueError: the tree is variational; or, when run, the model does something else for the shape
+        of its inputs than for that of the example.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import svd_jax as svd
+      >>> model = nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(2)])
+      >>> x = jnp.ones((1, 3))
+      >>> params = model.init(jax.random.key(0), x)['params']
+      >>> params['layers_2']['kernel'] = params['layers_2']['kernel'].at[1:].set(0)
+      >>> small = svd.compact(model, params, x)
+      >>> jax.tree.map(jnp.shape, small.params['layers_0'])
+      {'bias': (1,), 'kernel': (3, 1)}
+      >>> bool(jnp.allclose(small(x), model.apply({'params': params}, x)))
+      True
+    """
+    variables = meta.unbox(variables)
+    for path, _ in jax.tree_util.tree_leaves_with_path(variables):
+        if path and _name(path[-1]) == LOG_SIGMA2:
+            where = '/'.join(map(_name, path))
+            raise ValueError(f'{where} is a posterior: pass what svd_jax.sparsify returns')
+    within = isinstance(variables, Mapping) and 'params' in variables
+    run = getattr(model, 'apply', model)
+
+    def function(tree: PyTree, *inputs: Any) -> Any:
+        # A convolution is best recognised where it is one.
+        with backend.override('accelerator'):
+            return run(tree if within else {'params': tree}, *inputs, **options)
+
+    return _Analysis(function, variables, example).result()
+
+
+class _Runner:
+    """Runs the steps on the smaller arrays."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        tree: PyTree,
+        paths: dict[int, Path],
+        program: Program,
+        steps: tuple[_Step, ...],
+        outputs: tuple[_Fit | None, ...],
+    ) -> None:
+        self._function, self._tree, self._paths = function, tree, paths
+        self._primitives = [equation.primitive.name for equation in program.equations]
+        self._steps, self._outputs = steps, outputs
+
+    def __call__(self, params: PyTree, *inputs: Any) -> Any:
+        # Traced again, for the sizes of these inputs: of the weights, only their shapes are needed.
+        program = trace(self._function, self._tree, *inputs)
+        if [equation.primitive.name for equation in program.equations] != self._primitives:
+            raise ValueError(
+                'the model does something else for inputs of this shape than for the example: '
+                'call compact again with an example of it'
+            )
+        arrays = traverse_util.flatten_dict(params)
+        values: dict[int, Any] = {number: arrays[path] for number, path in self._paths.items()}
+        values.update(program.constants)
+        leaves = jax.tree.leaves(inputs)
+        values.update(zip(program.inputs[-len(leaves) :], leaves, strict=True))
+
+        def value(operand: Operand, fit: _Fit | None) -> Any:
+            if isinstance(operand, Constant):
+                return operand.value
+            return values[operand] if fit is None else fit(values[operand])
+
+        for step in self._steps:
+            equation = program.equations[step.at]
+            operands = list(map(value, equation.inputs, step.fits))
+            params_ = equation.params
+            if step.use is not None:
+                whole = program.shapes[equation.outputs[0]].shape
+                smaller = tuple(
+                    n if units.all() else int(units.sum())
+                    for n, units in zip(whole, step.use.makes, strict=True)
+                )
+                params_ = step.use.adapt(params_, smaller)
+            results = bind(equation, operands, params_)
+            if step.constant is not None:
+                path, axis = step.constant
+                constant = arrays[path]
+                after = results[0].ndim - axis - constant.ndim
+                results[0] += constant.reshape((1,) * axis + constant.shape + (1,) * after)
+            values.update(zip(equation.outputs, results, strict=True))
+        outputs = list(map(value, program.outputs, self._outputs))
+        return jax.tree.unflatten(program.tree, outputs)
+
+
+class _Analysis:
+    """Forwards, backwards, and the plan that comes of it."""
+
+    def __init__(self, function: Callable[..., Any], tree: PyTree, example: tuple) -> None:
+        self._function, self._tree = function, tree
+        program = self._program = trace(function, tree, *example)
+        leaves = jax.tree.leaves(tree)
+        self._weights = program.inputs[: len(leaves)]
+        self._whole = {*program.inputs[len(leaves) :], *program.constants}
+        self._values = {
+            number: _as_numpy(value)
+            for number, value in evaluate(program, *leaves, *jax.tree.leaves(example)).items()
+        }
+        self._depends = set(program.inputs[len(leaves) :])
+        self._fixed: dict[int, Fixed] = {}
+        self._left: dict[str, None] = {}
+        self._forwards()
+        self._needed: dict[int, list[np.ndarray]] = {}
+        self._uses: dict[int, Use | None] = {}
+        self._backwards()
+
+    # Forwards: which units of every value are constant.
+
+    def _view(self, operand: Operand) -> View:
+        if isinstance(operand, Constant):
+            value = np.asarray(operand.value)
+            return View(value.shape, value, None)
+        value = self._values[operand]
+        if operand in self._depends:
+            return View(value.shape, None, self._fixed.get(operand))
+        return View(value.shape, value, None)
+
+    def _value(self, operand: Operand) -> Any:
+        return operand.value if isinstance(operand, Constant) else self._values[operand]
+
+    def _forwards(self) -> None:
+        for equation in self._program.equations:
+            if not any(i in self._depends for i in equation.inputs if isinstance(i, int)):
+                continue
+            self._depends.update(equation.outputs)
+            rule = RULES.get(equation.primitive.name)
+            if rule is None or len(equation.outputs) != 1:
+                continue
+            (number,) = equation.outputs
+            shape = self._values[number].shape
+            outcome = rule.constant(equation, [self._view(i) for i in equation.inputs], shape)
+            if outcome is not None and outcome[1].any():
+                axis, units = outcome
+                rows = np.moveaxis(self._values[number], axis, 0).reshape(shape[axis], -1)
+                self._fixed[number] = Fixed(axis, units, rows[:, 0])
+
+    # Backwards: which units of every value are read.
+
+    def _need(self, operand: Operand, units: Units) -> None:
+        if isinstance(operand, Constant):
+            return
+        before = self._needed.get(operand)
+        if before is None:
+            self._needed[operand] = [np.array(u) for u in units]
+        else:
+            self._needed[operand] = [a | b for a, b in zip(before, units, strict=True)]
+
+    def _kept(self, number: int) -> Units:
+        """The units that the smaller array of a value has: those that are read and vary."""
+        units = [np.array(u) for u in self._needed[number]]
+        fixed = self._fixed.get(number)
+        if fixed is not None and (units[fixed.axis] & ~fixed.units).any():
+            units[fixed.axis] &= ~fixed.units
+        return tuple(units)
+
+    def _backwards(self) -> None:
+        for output in self._program.outputs:
+            if isinstance(output, int):
+                self._need(output, everything(self._values[output].shape))
+        for at, equation in reversed(list(enumerate(self._program.equations))):
+            if not any(number in self._needed for number in equation.outputs):
+                continue
+            use = self._use(equation)
+            self._uses[at] = use
+            if use is None:
+                for number in equation.outputs:
+                    self._needed[number] = list(everything(self._values[number].shape))
+                for operand in equation.inputs:
+                    self._need(operand, everything(np.shape(self._value(operand))))
+            else:
+                (number,) = equation.outputs
+                for operand, units in zip(equation.inputs, use.reads, strict=True):
+                    self._need(operand, units)
+
+    def _use(self, equation: Equation) -> Use | None:
+        rule = RULES.get(equation.primitive.name)
+        views = [self._view(operand) for operand in equation.inputs]
+        use = None
+        if rule is not None and len(equation.outputs) == 1:
+            (number,) = equation.outputs
+            use = rule.use(equation, views, self._values[number].shape, self._kept(number))
+        reason = 'no rule for it' if use is None else use.left
+        if reason and any(view.fixed is not None for view in views):
+            name = f'{equation.where or "the model"}: {equation.primitive.name}: {reason}'
+            self._left[name] = None
+        return use
+
+    # The plan: the smaller arrays, and the steps that run on them.
+
+    def _has(self, number: int) -> Units:
+        """The units of the array that a value is when the steps run."""
+        if number in self._whole:
+            return everything(self._values[number].shape)
+        return self._made.get(number) or self._kept(number)
+
+    def result(self) -> Compact:
+        paths = [
+            tuple(map(_name, path)) for path, _ in jax.tree_util.tree_leaves_with_path(self._tree)
+        ]
+        self._paths = dict(zip(self._weights, paths, strict=True))
+        self._made = {
+            self._program.equations[at].outputs[0]: use.makes
+            for at, use in self._uses.items()
+            if use is not None
+        }
+        arrays = {
+            self._paths[number]: self._values[number][np.ix_(*self._kept(number))]
+            for number in self._weights
+            if number in self._needed
+        }
+        steps = []
+        for at in sorted(self._uses):
+            equation, use = self._program.equations[at], self._uses[at]
+            constant = None
+            if use is not None and use.bias is not None:
+                constant = self._place_bias(equation, use, arrays)
+            steps.append(_Step(at, tuple(self._fits(equation, use)), use, constant))
+        outputs = [
+            self._fit(output, everything(self._values[output].shape))
+            if isinstance(output, int) else None
+            for output in self._program.outputs
+        ]  # fmt: skip
+        params = traverse_util.unflatten_dict({p: jnp.asarray(a) for p, a in arrays.items()})
+        runner = _Runner(
+            self._function,
+            jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._tree),
+            {number: self._paths[number] for number in self._weights if number in self._needed},
+            self._program,
+            tuple(steps),
+            tuple(outputs),
+        )
+        before = sum(self._values[number].size for number in self._weights)
+        report = Report(
+            tuple(self._layers()), (before, sum(a.size for a in arrays.values())), tuple(self._left)
+        )
+        return Compact(params, jax.jit(runner), report)
+
+    def _fit(self, operand: Operand, reads: Units) -> _Fit | None:
+        if isinstance(operand, Constant):
+            return None
+        return _Fit.between(self._has(operand), reads, self._fixed.get(operand))
+
+    def _fits(self, equation: Equation, use: Use | None) -> list[_Fit | None]:
+        if use is not None:
+            return list(map(self._fit, equation.inputs, use.reads))
+        return [
+            None if isinstance(operand, Constant)
+            else self._fit(operand, everything(self._values[operand].shape))
+            for operand in equation.inputs
+        ]  # fmt: skip
+
+    def _consumers(self, number: int) -> list[int]:
+        return [
+            at
+            for at in self._uses
+            for operand in self._program.equations[at].inputs
+            if operand == number
+        ] + [-1 for output in self._program.outputs if output == number]
+
+    def _weight_of(self, operand: Operand, alone: bool = False) -> int | None:
+        """The leaf that a value is, up to its shape and type; alone: and nothing else reads."""
+        makers = {n: e for e in self._program.equations for n in e.outputs}
+        while isinstance(operand, int):
+            if alone and len(self._consumers(operand)) != 1:
+                return None
+            if operand in self._paths:
+                return operand
+            maker = makers.get(operand)
+            if maker is None or maker.primitive.name not in _RESHAPING:
+                return None
+            operand = maker.inputs[0]
+        return None
+
+    def _place_bias(
+        self, equation: Equation, use: Use, arrays: dict[Path, np.ndarray]
+    ) -> tuple[Path, int] | None:
+        """Adds what constant units contribute to the bias that follows, or makes a new array."""
+        assert use.bias is not None
+        axis, bias = use.bias
+        (number,) = equation.outputs
+        consumers = self._consumers(number)
+        follower = self._program.equations[consumers[0]] if consumers != [-1] else None
+        if len(consumers) == 1 and follower is not None and follower.primitive.name == 'add':
+            others = [operand for operand in follower.inputs if operand != number]
+            leaf = self._weight_of(others[0], alone=True) if others else None
+            if leaf is not None and self._values[leaf].shape == bias.shape:
+                path, dtype = self._paths[leaf], self._values[leaf].dtype
+                arrays[path] = (arrays[path] + bias[np.ix_(*self._kept(leaf))]).astype(dtype)
+                return None
+        kernel = next(filter(None, map(self._weight_of, reversed(equation.inputs))), None)
+        path = self._paths[kernel][:-1] if kernel is not None else ()
+        path = (*path, 'constant')
+        while path in arrays:
+            path = (*path[:-1], f'{path[-1]}_')
+        units = use.makes[axis : axis + bias.ndim]
+        arrays[path] = bias[np.ix_(*units)].astype(self._values[number].dtype)
+        return path, axis
+
+    def _layers(self) -> Iterator[Layer]:
+        for at in sorted(self._uses):
+            equation, use = self._program.equations[at], self._uses[at]
+            if use is None or use.work is None:
+                continue
+            work, whole = use.work, [np.shape(self._value(i)) for i in equation.inputs]
+            leaf = self._weight_of(equation.inputs[work.weights])
+            path = self._paths[leaf][:-1] if leaf is not None else (equation.where,)
+            result = self._values[equation.outputs[0]].shape
+            sizes = (result, *whole), (_sizes(use.makes), *map(_sizes, use.reads))
+            counts = [
+                (_product(inputs, work.inputs), _product(weights, work.units),
+                 math.prod(made) * _product(weights, work.summed))
+                for made, *operands in sizes
+                for weights, inputs in [(operands[work.weights], operands[1 - work.weights])]
+            ]  # fmt: skip
+            name = '/'.join(part for part in path if part != 'params')
+            yield Layer(name, *zip(*counts, strict=True))
+
+
+def _product(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    return math.prod(shape[a] for a in axes)
+
+
+def _name(key: Any) -> str:
+    return str(getattr(key, 'key', getattr(key, 'idx', getattr(key, 'name', key))))
+
+
+def _sizes(units: Units) -> tuple[int, ...]:
+    return tuple(int(u.sum()) for u in units)
+
+
+def _as_numpy(value: Any) -> Any:
+    return value if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) else np.asarray(value)

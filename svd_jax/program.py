@@ -1,0 +1,136 @@
+"""A function as a flat list of primitive operations, with numbered values.
+
+What JAX traces is nested: a jitted function, a custom derivative or a checkpoint is an equation
+with a program of its own. Here all of that is written out: who reads it meets primitives alone.
+The numbers depend on the function, not on the sizes of its arguments: a program traced again for
+another batch size has the same ones.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+# The parameter that holds the program of an equation which only calls it.
+_CALLS = {
+    'jit': 'jaxpr',
+    'pjit': 'jaxpr',
+    'closed_call': 'call_jaxpr',
+    'core_call': 'call_jaxpr',
+    'remat': 'jaxpr',
+    'remat2': 'jaxpr',
+    'checkpoint': 'jaxpr',
+    'custom_jvp_call': 'call_jaxpr',
+    'custom_vjp_call': 'call_jaxpr',
+}
+
+
+class Constant(NamedTuple):
+    """An operand that is not computed: a literal."""
+
+    value: Any
+
+
+Operand = int | Constant
+
+
+class Equation(NamedTuple):
+    """One primitive operation.
+
+    Attributes:
+      primitive: what JAX calls it.
+      params: its parameters.
+      inputs: the numbers of its operands, or constants.
+      outputs: the numbers of its results.
+      where: the path of the module that it was traced in, such as ``LeNet5/Conv_0``.
+    """
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[int, ...]
+    where: str
+
+
+class Program(NamedTuple):
+    """A traced function.
+
+    Attributes:
+      inputs: the numbers of its arguments, flattened.
+      constants: arrays that the function closes over, by number.
+      equations: in order.
+      outputs: the numbers of its results, flattened.
+      shapes: what every number stands for: something with ``shape`` and ``dtype``.
+      tree: the structure of the results.
+    """
+
+    inputs: tuple[int, ...]
+    constants: dict[int, Any]
+    equations: tuple[Equation, ...]
+    outputs: tuple[Operand, ...]
+    shapes: dict[int, Any]
+    tree: Any
+
+
+def trace(function: Callable[..., Any], *args: Any) -> Program:
+    """The program of a function for arguments of these shapes (arrays or ``ShapeDtypeStruct``)."""
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    constants: dict[int, Any] = {}
+    equations: list[Equation] = []
+    shapes: dict[int, Any] = {}
+
+    def number(aval: Any) -> int:
+        shapes[len(shapes)] = aval
+        return len(shapes) - 1
+
+    def inline(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Operand]) -> list[Operand]:
+        known: dict[Any, Operand] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            known[var] = number(var.aval)
+            constants[len(shapes) - 1] = value
+
+        def operand(atom: Any) -> Operand:
+            return Constant(atom.val) if isinstance(atom, core.Literal) else known[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [operand(atom) for atom in eqn.invars]
+            inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ''))
+            if inner is not None:
+                closed = inner if hasattr(inner, 'consts') else core.ClosedJaxpr(inner, ())
+                results = inline(closed.jaxpr, closed.consts, operands)
+                known.update(zip(eqn.outvars, results, strict=True))
+                continue
+            outputs = tuple(number(var.aval) for var in eqn.outvars)
+            known.update(zip(eqn.outvars, outputs, strict=True))
+            where = str(eqn.source_info.name_stack)
+            equations.append(Equation(eqn.primitive, eqn.params, tuple(operands), outputs, where))
+        return [operand(atom) for atom in jaxpr.outvars]
+
+    arguments = tuple(number(var.aval) for var in closed.jaxpr.invars)
+    outputs = inline(closed.jaxpr, closed.consts, arguments)
+    return Program(
+        arguments, constants, tuple(equations), tuple(outputs), shapes, jax.tree.structure(out)
+    )
+
+
+def bind(equation: Equation, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """The results of an equation, with these operands and parameters."""
+    results = equation.primitive.bind(*operands, **params)
+    return list(results) if equation.primitive.multiple_results else [results]
+
+
+def evaluate(program: Program, *arguments: Any) -> dict[int, Any]:
+    """Every value of a program, by number."""
+
+    @jax.jit
+    def values(*arguments: Any) -> dict[int, Any]:
+        known = dict(zip(program.inputs, arguments, strict=True)) | program.constants
+        for equation in program.equations:
+            operands = [i.value if isinstance(i, Constant) else known[i] for i in equation.inputs]
+            known.update(
+                zip(equation.outputs, bind(equation, operands, equation.params), strict=True)
+            )
+        return known
+
+    return values(*arguments)

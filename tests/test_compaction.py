@@ -1,0 +1,296 @@
+"""svd_jax.compaction: smaller arrays, the same outputs."""
+
+from typing import Any
+
+import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import svd_jax as svd
+from experiments.models import LeNet5, LeNet300
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+def conv(features: int, **fields: Any) -> nn.Conv:
+    return nn.Conv(features, (3, 3), **fields)
+
+
+def norm() -> nn.BatchNorm:
+    return nn.BatchNorm(use_running_average=True)
+
+
+class VGG(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for features in (6, 8):
+            x = nn.relu(norm()(conv(features)(x)))
+            x = nn.relu(norm()(conv(features)(x)))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        return nn.Dense(5)(nn.relu(norm()(nn.Dense(16)(x))))
+
+
+class ResNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = conv(8, use_bias=False)(x)
+        for features, stride in ((8, 1), (12, 2)):
+            y = conv(features, strides=stride, use_bias=False)(nn.relu(norm()(x)))
+            y = conv(features, use_bias=False)(nn.relu(norm()(y)))
+            if stride > 1:
+                x = nn.Conv(features, (1, 1), strides=stride, use_bias=False)(x)
+            x = x + y
+        return nn.Dense(5)(nn.relu(x).mean((1, 2)))
+
+
+class DepthwiseSeparable(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(conv(8)(x))
+        x = nn.relu(conv(8, feature_group_count=8)(x))
+        x = nn.relu(nn.Conv(12, (1, 1))(x))
+        x = nn.relu(conv(24, feature_group_count=6, strides=2)(x))  # two channels a group
+        x = jnp.concatenate([nn.Conv(4, (1, 1))(x), x], -1)
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = nn.Dropout(0.5, deterministic=True)(x.reshape(x.shape[0], -1))
+        return nn.DenseGeneral((3, 2))(x)
+
+
+class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(4)(y, y)
+        y = nn.gelu(nn.Dense(32)(nn.LayerNorm()(x)))
+        return nn.Dense(5)(x + nn.Dense(x.shape[-1])(y))
+
+
+NETWORKS = {
+    'lenet300': (LeNet300(), (28, 28, 1), {'deterministic': True}),
+    'lenet5': (LeNet5(), (28, 28, 1), {'deterministic': True}),
+    'vgg': (VGG(), (8, 8, 3), {}),
+    'resnet': (ResNet(), (8, 8, 3), {}),
+    'depthwise separable': (DepthwiseSeparable(), (8, 8, 3), {}),
+    'transformer': (Transformer(), (6, 16), {}),
+}
+
+
+def pruned(variables: Any, seed: int) -> Any:
+    """Variables with many single weights and whole units at zero, and no other zeros."""
+    rng = np.random.default_rng(seed)
+
+    def prune(path, leaf):
+        leaf = np.array(leaf + 0.2 * rng.uniform(0.5, 1, leaf.shape), np.float32)
+        if path[-1].key == 'kernel':
+            leaf[rng.random(leaf.shape) < 0.4] = 0
+            leaf[..., rng.random(leaf.shape[-1]) < 0.3] = 0
+            if leaf.shape[-2] > 3:
+                leaf[..., rng.random(leaf.shape[-2]) < 0.3, :] = 0
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(prune, variables)
+
+
+def sparse_network(name: str, seed: int = 0) -> tuple[nn.Module, Any, jax.Array, dict]:
+    model, shape, options = NETWORKS[name]
+    x = jnp.asarray(np.random.default_rng(seed).normal(size=(2, *shape)), jnp.float32)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), x, **options))()
+    variables['params'] = svd.sparsify(variables['params'], np.inf) if options else variables[
+        'params'
+    ]  # fmt: skip
+    return model, pruned(variables, seed), x, options
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.max(np.abs(b), initial=1e-30))
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_outputs_are_those_of_the_sparse_network(name: str) -> None:
+    model, variables, x, options = sparse_network(name)
+    small = svd.compact(model, variables, x, **options)
+    others = jnp.concatenate([x, -2 * x, x**2])  # and another batch size
+    wanted = jax.jit(lambda x: model.apply(variables, x, **options))(others)
+    assert np.std(jax.tree.leaves(wanted)[0], 0).min() >= 0
+    assert np.std(jax.tree.leaves(wanted)[0], 0).max() > 1e-3  # they depend on the input
+    assert_same(small(others), wanted)
+    before, after = small.report.multiply_adds
+    assert after < 0.8 * before
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(small.params))
+    assert small.report.weights == (sum(v.size for v in jax.tree.leaves(variables)), numbers)
+    assert numbers < 0.8 * small.report.weights[0]
+
+
+class TwoLayers(nn.Module):
+    """Four hidden units, from three inputs to two outputs."""
+
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(4)(x))
+        return nn.Dense(2, use_bias=self.bias)(x)
+
+
+def two_layers() -> dict[str, dict[str, np.ndarray]]:
+    """Hidden unit 0 is constant, 2 is not read; input 1 is not read either."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.uniform(0.5, 1, shape).astype(np.float32) for shape in ((3, 4), (4, 2)))
+    first[:, 0] = first[1] = second[2] = 0
+    return {
+        'Dense_0': {'kernel': first, 'bias': np.float32([0.5, 0.1, 0.2, -0.3])},
+        'Dense_1': {'kernel': second, 'bias': np.float32([1, -1])},
+    }
+
+
+def test_a_constant_unit_moves_into_the_next_bias_and_an_unread_one_goes() -> None:
+    params, x = two_layers(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
+    small = svd.compact(TwoLayers(), params, x)
+    first, second = params['Dense_0'], params['Dense_1']
+    wanted = {
+        'Dense_0': {'kernel': first['kernel'][[0, 2]][:, [1, 3]], 'bias': first['bias'][[1, 3]]},
+        'Dense_1': {
+            'kernel': second['kernel'][[1, 3]],
+            'bias': second['bias'] + 0.5 * second['kernel'][0],
+        },
+    }
+    assert jax.tree.map(np.shape, small.params) == jax.tree.map(np.shape, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), small.params, wanted)
+    layers = [tuple(layer) for layer in small.report.layers]
+    assert layers == [
+        ('Dense_0', (3, 2), (4, 2), (2 * 12, 2 * 4)),  # two examples
+        ('Dense_1', (4, 2), (2, 2), (2 * 8, 2 * 4)),
+    ]
+    assert small.report.multiply_adds == (40, 16)
+    assert small.report.weights == (26, 12)
+    assert 'Dense_0  3 -> 2  4 -> 2' in str(small.report)
+
+
+def test_without_a_bias_the_constant_gets_an_array_of_its_own() -> None:
+    params, x = two_layers(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
+    del params['Dense_1']['bias']
+    small = svd.compact(TwoLayers(bias=False), params, x)
+    np.testing.assert_allclose(
+        small.params['Dense_1']['constant'], 0.5 * params['Dense_1']['kernel'][0], rtol=1e-6
+    )
+    assert_same(small(x), TwoLayers(bias=False).apply({'params': params}, x))
+
+
+def test_gradients_are_those_of_the_weights_that_are_left() -> None:
+    params, x = two_layers(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
+    small = svd.compact(TwoLayers(), params, x)
+
+    def loss(apply):
+        return lambda params: jnp.sum(jnp.sin(apply(params, x)))
+
+    found = jax.grad(loss(small.apply))(small.params)
+    wanted = jax.grad(loss(lambda params, x: TwoLayers().apply({'params': params}, x)))(params)
+    for layer, rows, columns in (('Dense_0', [0, 2], [1, 3]), ('Dense_1', [1, 3], [0, 1])):
+        kernel = wanted[layer]['kernel'][np.ix_(rows, columns)]
+        np.testing.assert_allclose(found[layer]['kernel'], kernel, rtol=1e-4)
+        np.testing.assert_allclose(
+            found[layer]['bias'], wanted[layer]['bias'][np.asarray(columns)], rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize('padding', ['SAME', 'VALID'])
+def test_a_constant_channel_is_folded_only_where_the_edge_does_not_show(padding: str) -> None:
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = conv(3, padding=padding)(x)
+            return conv(2, padding=padding)(x)
+
+    model, x = Two(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 1)), jnp.float32)
+    params = jax.tree.map(np.array, model.init(jax.random.key(0), x)['params'])
+    params['Conv_0']['kernel'][..., 1] = 0
+    params['Conv_0']['bias'] += 0.5
+    small = svd.compact(model, params, x)
+    assert_same(small(x), model.apply({'params': params}, x))
+    # A constant channel is not computed either way; it is folded, or put in beside the others.
+    assert small.report.layers[0].units == (3, 2)
+    assert small.report.layers[1].inputs == (3, 2 if padding == 'VALID' else 3)
+
+
+def test_a_network_that_is_all_constant_still_runs() -> None:
+    params, x = two_layers(), jnp.ones((2, 3))
+    params['Dense_0']['kernel'][:] = 0
+    small = svd.compact(TwoLayers(), params, x)
+    assert_same(small(x), TwoLayers().apply({'params': params}, x))
+
+
+def test_what_no_rule_covers_is_left_and_said() -> None:
+    class Sorted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jnp.sort(nn.Dense(4)(x), -1)
+            return nn.Dense(2)(x)
+
+    params, x = two_layers(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
+    small = svd.compact(Sorted(), params, x)
+    assert_same(small(x), Sorted().apply({'params': params}, x))
+    (line,) = small.report.left
+    assert 'sort: no rule' in line
+    assert line in str(small.report)
+    assert small.report.layers[0].units == (4, 3)  # the constant is put in before the sort
+
+
+def test_it_can_be_vmapped_and_exported_for_any_batch_size() -> None:
+    model, variables, x, _ = sparse_network('vgg')
+    small = svd.compact(model, variables, x)
+    wanted = small(x)
+    assert_same(jax.vmap(lambda image: small(image[None])[0])(x), wanted)
+    (batch,) = export.symbolic_shape('batch')
+    like = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    assert_same(export.export(jax.jit(small))(like).call(x), wanted)
+
+
+def test_a_variational_tree_is_refused() -> None:
+    params = svd.variational(two_layers())
+    with pytest.raises(ValueError, match=r'Dense_0/log_sigma2 .*svd_jax\.sparsify'):
+        svd.compact(TwoLayers(), params, jnp.ones((1, 3)))
+
+
+def test_an_input_of_a_shape_that_changes_the_network_is_refused() -> None:
+    class Shaped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(4)(x)
+            return x if x.shape[0] == 1 else jnp.sin(x)
+
+    params = {'Dense_0': two_layers()['Dense_0']}
+    small = svd.compact(Shaped(), params, jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match=r'inputs of this shape.*call compact again'):
+        small(jnp.ones((2, 3)))
+
+
+class Small(nn.Module):
+    padding: str
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(conv(4, padding=self.padding)(x))
+        y = conv(4, padding='SAME', use_bias=False)(y) + y
+        return nn.Dense(2)(nn.relu(y).reshape(y.shape[0], -1))
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from(['SAME', 'VALID']))
+@hypothesis.settings(max_examples=10)
+def test_any_pattern_of_zeros(seed: int, density: float, padding: str) -> None:
+    rng, model = np.random.default_rng(seed), Small(padding)
+    x = jnp.asarray(rng.normal(size=(2, 5, 5, 2)), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
+    params = jax.tree.map(
+        lambda leaf: np.float32(rng.normal(size=leaf.shape) * (rng.random(leaf.shape) < density)),
+        shapes,
+    )
+    small = svd.compact(model, params, x)
+    assert_same(small(-x), model.apply({'params': params}, -x))
