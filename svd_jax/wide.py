@@ -1,30 +1,28 @@
 """Convolutions of many channels on CPUs: channels innermost, a few images at a time.
 
-The patches of a few images fit in the processor's cache: there they are formed, multiplied and
+Kernels of 3x3 in float32 go by Winograd's algorithm (:mod:`svd_jax.winograd`), others by
+patches. Those of a few images fit in the processor's cache: there they are formed, multiplied and
 forgotten, in a loop over blocks of the batch, and again for the gradients. The gradient with
 respect to the input is itself a convolution, of the outputs' gradient with the kernel turned round.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from svd_jax import math, noise
+from svd_jax import blocks, math, noise, winograd
 
 # Zeros around the image: top and bottom, left and right.
-Padding = tuple[tuple[int, int], tuple[int, int]]
+Padding = winograd.Padding
 Arrays = tuple[jax.Array, ...]
-
-# What the patches of a block may take. Twice or half as much is as fast.
-_BLOCK_BYTES = 2**22
 
 
 def apply(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, padding: Padding) -> jax.Array:
     """The convolution of (B, H, W, C), with a kernel (height, width, C, F) and a bias (F,)."""
-    return _add_bias(_convolve(x, (kernel,), padding)[0], bias)
+    convolve = winograd.convolve if _by_winograd(x, kernel) else _convolve
+    return _add_bias(convolve(x, (kernel,), padding)[0], bias)
 
 
 def sample(
@@ -36,9 +34,18 @@ def sample(
     key: jax.Array,
 ) -> jax.Array:
     """The convolution with a random kernel; see :func:`svd_jax.linear.sample`."""
-    mean, variance = _convolve(x, (kernel, sigma2), padding)
+    if _by_winograd(x, kernel):
+        mean, variance = winograd.convolve(x, (kernel, sigma2), padding)
+        variance = winograd.significant(variance)
+    else:
+        mean, variance = _convolve(x, (kernel, sigma2), padding)
     y = math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))
     return _add_bias(y, bias)
+
+
+def _by_winograd(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether the kernel is of the size for it, and the type precise enough."""
+    return kernel.shape[:2] == (3, 3) and x.dtype.itemsize >= 4
 
 
 def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -58,16 +65,6 @@ def _powers(patches: jax.Array, count: int) -> Arrays:
     return (patches, patches * patches)[:count]
 
 
-def _block_size(batch: int, bytes_per_image: int) -> int:
-    """How many images to take at a time: a divisor of the batch, so that no block is ragged."""
-    most = max(1, min(batch, _BLOCK_BYTES // bytes_per_image))
-    return max(n for n in range(1, most + 1) if batch % n == 0)
-
-
-def _in_blocks(size: int, arrays: Sequence[jax.Array]) -> Arrays:
-    return tuple(a.reshape(-1, size, *a.shape[1:]) for a in arrays)
-
-
 def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
     """Outputs of x with the first kernel, and of its squares with the second if there is one."""
     height, width, channels, features = kernels[0].shape
@@ -76,7 +73,7 @@ def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
         (rows, columns), padding, (height, width), strict=True
     ))  # fmt: skip
     matrices = [kernel.reshape(-1, features) for kernel in kernels]
-    size = _block_size(batch, h * w * height * width * channels * x.dtype.itemsize)
+    size = blocks.size(batch, h * w * height * width * channels * x.dtype.itemsize)
 
     def outputs(x: jax.Array) -> Arrays:
         powers = _powers(_patches(x, height, width, padding), len(kernels))
@@ -87,15 +84,15 @@ def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
 
     if size == batch:
         return outputs(x)
-    blocks = lax.map(lambda block: outputs(*block), _in_blocks(size, [x]))
-    return tuple(block.reshape(batch, h, w, features) for block in blocks)
+    pieces = lax.map(lambda block: outputs(*block), blocks.split(size, [x]))
+    return tuple(piece.reshape(batch, h, w, features) for piece in pieces)
 
 
 def _of_kernels(x: jax.Array, gradients: Arrays, like: Arrays, padding: Padding) -> Arrays:
     """The gradients of the kernels, given those of the outputs."""
     height, width, channels, features = like[0].shape
     batch, h, w, _ = gradients[0].shape
-    size = _block_size(batch, h * w * height * width * channels * x.dtype.itemsize)
+    size = blocks.size(batch, h * w * height * width * channels * x.dtype.itemsize)
     exact = jnp.promote_types(x.dtype, jnp.float32)  # what sums over blocks are kept in
 
     def products(x: jax.Array, *gradients: jax.Array) -> Arrays:
@@ -112,7 +109,7 @@ def _of_kernels(x: jax.Array, gradients: Arrays, like: Arrays, padding: Padding)
         totals, _ = lax.scan(
             lambda totals, block: (jax.tree.map(jnp.add, totals, products(*block)), None),
             zeros,
-            _in_blocks(size, [x, *gradients]),
+            blocks.split(size, [x, *gradients]),
         )
     return tuple(
         total.reshape(kernel.shape).astype(kernel.dtype)

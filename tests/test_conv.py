@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import svd_jax as svd
-from svd_jax import conv, narrow, noise, wide
+from svd_jax import blocks, conv, narrow, noise, wide, winograd
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != 'cpu', reason='only CPUs convolve by patches'
@@ -22,6 +22,7 @@ SHAPES = [
     ((2, 4, 5, 3), (4, 5), 3),  # one output position
     ((2, 4, 3, 2), (1, 1), 3),
     ((6, 5, 4, 7), (3, 2), 64),  # wide
+    ((6, 7, 4, 5), (3, 3), 64),  # by Winograd's algorithm, the last tiles cut
 ]
 every_shape = pytest.mark.parametrize('shape', SHAPES, ids=str)
 
@@ -217,23 +218,38 @@ def test_padding_is_flax_s_own(size: tuple[int, int], padding, features: int) ->
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ('shape', 'convolve', 'dtype'),
+    [
+        (SHAPES[-2], wide._convolve, jnp.float32),
+        (SHAPES[-2], wide._convolve, jnp.bfloat16),
+        (SHAPES[-1], winograd.convolve, jnp.float32),
+    ],
+)
 @pytest.mark.parametrize('images', [1, 2, 5])  # in a block at most; of a batch of six
-def test_blocks_of_the_batch_give_what_all_of_it_gives(monkeypatch, images, dtype) -> None:
-    _, x, kernel, sigma2, _ = case(SHAPES[-1])
+def test_blocks_of_the_batch_give_what_all_of_it_gives(
+    monkeypatch, images, shape, convolve, dtype
+) -> None:
+    _, x, kernel, sigma2, _ = case(shape)
     x, *kernels = (jnp.asarray(a, dtype) for a in (x, kernel, sigma2))
     padding = (1, 1), (0, 1)
-    cotangents = np.random.default_rng(7).normal(size=(2, 6, 5, 4, 64))
+    cotangents = [
+        np.random.default_rng(7).normal(size=y.shape)
+        for y in jax.eval_shape(lambda x, *k: convolve(x, k, padding), x, *kernels)
+    ]
 
     def outputs_and_gradients():
-        y, vjp = jax.vjp(lambda x, *k: wide._convolve(x, k, padding), x, *kernels)
+        y, vjp = jax.vjp(lambda x, *k: convolve(x, k, padding), x, *kernels)
         return y, vjp(tuple(jnp.asarray(c, dtype) for c in cotangents))
 
     at_once = outputs_and_gradients()
     loops = str(jax.make_jaxpr(lambda: outputs_and_gradients())()).count('scan[')
     assert loops == 0
-    bytes_per_image = 5 * 4 * kernel[..., 0].size * jnp.dtype(dtype).itemsize
-    monkeypatch.setattr(wide, '_BLOCK_BYTES', images * bytes_per_image)
+    if convolve is winograd.convolve:  # 4x2 tiles of sixteen
+        bytes_per_image = 4 * 2 * 16 * 64 * jnp.dtype(dtype).itemsize
+    else:  # a patch for every output
+        bytes_per_image = 5 * 4 * kernel[..., 0].size * jnp.dtype(dtype).itemsize
+    monkeypatch.setattr(blocks, 'BYTES', images * bytes_per_image)
     assert str(jax.make_jaxpr(lambda: outputs_and_gradients())()).count('scan[') > 0
     tolerance = 2e-5 if dtype == jnp.float32 else 0.02
     jax.tree.map(
@@ -243,6 +259,39 @@ def test_blocks_of_the_batch_give_what_all_of_it_gives(monkeypatch, images, dtyp
         outputs_and_gradients(),
         at_once,
     )
+
+
+def test_rounding_is_not_taken_for_a_tiny_variance() -> None:
+    """What sees only zeros has no noise, and the gradients there are the exact ones."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(1, 2, (2, 8, 8, 16))
+    x[:, 2:7, 2:8] = 0  # larger than the kernel; its edges lie within tiles
+    kernel, sigma2 = rng.normal(size=(3, 3, 16, 64)), rng.uniform(1e-5, 1, (3, 3, 16, 64))
+    eps = rng.normal(size=(2, 8, 8, 64)).astype(np.float32)
+    layer = nn.Conv(64, (3, 3), use_bias=False)
+
+    def sample(x, kernel, sigma2):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(noise, 'standard_normal', lambda key, shape: jnp.asarray(eps))
+            return conv.sample(layer, {'kernel': kernel}, sigma2, x, jax.random.key(0))
+
+    def exact(x, kernel, sigma2):
+        same = lambda x, k: lax_convolve(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), k)  # noqa: E731
+        variance = same(x * x, sigma2)
+        deviation = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+        return same(x, kernel) + deviation * jnp.asarray(eps, x.dtype)
+
+    y, vjp = jax.vjp(sample, *float32(x, kernel, sigma2))
+    with jax.enable_x64():
+        wanted = np.asarray(exact(*map(jnp.asarray, (x, kernel, sigma2))))
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    cotangent = rng.normal(size=y.shape)
+    for a, b in zip(
+        vjp(jnp.asarray(cotangent, jnp.float32)),
+        vjp64(exact, (x, kernel, sigma2), cotangent),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
 
 
 def test_patches_formed_again_give_the_gradients_of_patches_kept(monkeypatch) -> None:
