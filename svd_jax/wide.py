@@ -21,8 +21,9 @@ Arrays = tuple[jax.Array, ...]
 
 def apply(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, padding: Padding) -> jax.Array:
     """The convolution of (B, H, W, C), with a kernel (height, width, C, F) and a bias (F,)."""
-    convolve = winograd.convolve if _by_winograd(x, kernel) else _convolve
-    return _add_bias(convolve(x, (kernel,), padding)[0], bias)
+    if _by_winograd(x, kernel):
+        return _add_bias(winograd.convolve(x, kernel, padding), bias)
+    return _add_bias(_convolve(x, (kernel,), padding)[0], bias)
 
 
 def sample(
@@ -35,10 +36,8 @@ def sample(
 ) -> jax.Array:
     """The convolution with a random kernel; see :func:`svd_jax.linear.sample`."""
     if _by_winograd(x, kernel):
-        mean, variance = winograd.convolve(x, (kernel, sigma2), padding)
-        variance = winograd.significant(variance)
-    else:
-        mean, variance = _convolve(x, (kernel, sigma2), padding)
+        return _add_bias(winograd.sample(x, kernel, sigma2, key, padding), bias)
+    mean, variance = _convolve(x, (kernel, sigma2), padding)
     y = math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))
     return _add_bias(y, bias)
 
@@ -82,10 +81,7 @@ def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
             for power, matrix in zip(powers, matrices, strict=True)
         )
 
-    if size == batch:
-        return outputs(x)
-    pieces = lax.map(lambda block: outputs(*block), blocks.split(size, [x]))
-    return tuple(piece.reshape(batch, h, w, features) for piece in pieces)
+    return blocks.map(outputs, size, (x,))
 
 
 def _of_kernels(x: jax.Array, gradients: Arrays, like: Arrays, padding: Padding) -> Arrays:

@@ -6,7 +6,7 @@ the results transformed back. The gradients are the same steps the other way rou
 products instead of 36 as well (Lavin & Gray 2016, arXiv:1509.09308, F(2x2, 3x3)).
 
 Sums and differences of large inputs stand for small ones, so the rounding error of an output is
-relative to the largest outputs around it: see :func:`significant`.
+relative to the largest outputs around it, and a variance that small counts as zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from svd_jax import blocks
+from svd_jax import blocks, math, noise
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 Arrays = tuple[jax.Array, ...]
@@ -25,16 +25,6 @@ Transform = Callable[..., Arrays]
 
 # Of the largest variance around it; float32 rounds at 6e-8.
 _SIGNIFICANT = 1e-6
-
-
-def significant(variance: jax.Array) -> jax.Array:
-    """Variances (B, h, w, F) without what may only be rounding, which becomes zero.
-
-    The gradient of a standard deviation grows without bound towards zero: rounding errors must
-    not be taken for tiny variances.
-    """
-    largest = lax.stop_gradient(jnp.max(variance, (1, 2), keepdims=True))
-    return jnp.where(variance > _SIGNIFICANT * largest, variance, 0)
 
 
 # The transforms along one axis, and their transposes.
@@ -150,9 +140,6 @@ class _Tiling:
     def _image(self, tiles: jax.Array) -> jax.Array:
         return tiles.reshape(-1, self.rows, self.columns, tiles.shape[-1])
 
-    def block_size(self, batch: int, channels: int, dtype: jnp.dtype) -> int:
-        return blocks.size(batch, 16 * self.rows * self.columns * channels * dtype.itemsize)
-
 
 def _interleaved(grid: Grid) -> jax.Array:
     """A grid of 2x2 images (B, rows, columns, C) to one (B, 2 rows, 2 columns, C)."""
@@ -169,60 +156,46 @@ def _powers(x: jax.Array, count: int) -> Arrays:
     return (x, x * x)[:count]
 
 
-def _outputs(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
-    tiling, batch = _Tiling(x.shape, padding), x.shape[0]
-    transformed = [_transformed_kernel(kernel) for kernel in kernels]
-    size = tiling.block_size(batch, max(kernels[0].shape[2:]), x.dtype)
+def _outputs(x: jax.Array, kernels: list[Grid], tiling: _Tiling) -> Arrays:
+    """Of a block of images, with transformed kernels."""
 
-    def outputs(x: jax.Array) -> Arrays:
-        return tuple(
-            tiling.outputs_of(
-                _both_axes(
-                    _to_outputs, _products(_both_axes(_of_inputs, tiling.inputs(power)), kernel)
-                )
-            )
-            for power, kernel in zip(_powers(x, len(kernels)), transformed, strict=True)
-        )
+    def output(power: jax.Array, kernel: Grid) -> jax.Array:
+        products = _products(_both_axes(_of_inputs, tiling.inputs(power)), kernel)
+        return tiling.outputs_of(_both_axes(_to_outputs, products))
 
-    if size == batch:
-        return outputs(x)
-    pieces = lax.map(lambda block: outputs(*block), blocks.split(size, [x]))
-    return tuple(piece.reshape(batch, *piece.shape[2:]) for piece in pieces)
+    return tuple(map(output, _powers(x, len(kernels)), kernels))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
-    """Convolutions of (B, H, W, C), and of its squares if there is a second kernel.
+def _in_blocks(tiling: _Tiling, kernel: jax.Array, x: jax.Array) -> int:
+    """How many images to take at a time."""
+    per_image = 16 * tiling.rows * tiling.columns * max(kernel.shape[2:]) * x.dtype.itemsize
+    return blocks.size(x.shape[0], per_image)
+
+
+def _pull_back(
+    x: jax.Array,
+    kernels: Arrays,
+    padding: Padding,
+    given: Arrays,
+    gradients_of: Callable[..., Arrays],
+) -> tuple[jax.Array, Arrays]:
+    """The gradients of the inputs and the kernels.
 
     Args:
       x: the images.
-      kernels: one or two, (3, 3, C, F).
-      padding: zeros around the image.
-
-    Returns:
-      An array (B, h, w, F) for every kernel.
+      kernels: one or two.
+      padding: as for the outputs.
+      given: arrays (B, h, w, F).
+      gradients_of: from a block of those to the gradients of the outputs of every kernel.
     """
-    return _outputs(x, kernels, padding)
-
-
-def _convolve_fwd(
-    x: jax.Array, kernels: Arrays, padding: Padding
-) -> tuple[Arrays, tuple[jax.Array, Arrays]]:
-    return _outputs(x, kernels, padding), (x, kernels)
-
-
-def _convolve_bwd(
-    padding: Padding, residuals: tuple[jax.Array, Arrays], gradients: Arrays
-) -> tuple[jax.Array, Arrays]:
-    x, kernels = residuals
     tiling, batch = _Tiling(x.shape, padding), x.shape[0]
     transformed = [_transposed(_transformed_kernel(kernel)) for kernel in kernels]
-    size = tiling.block_size(batch, max(kernels[0].shape[2:]), x.dtype)
+    size = _in_blocks(tiling, kernels[0], x)
 
-    def of_block(x: jax.Array, *gradients: jax.Array) -> tuple[jax.Array, list[Grid]]:
+    def of_block(x: jax.Array, *given: jax.Array) -> tuple[jax.Array, list[Grid]]:
         of_powers, of_kernels = [], []
         for power, kernel, gradient in zip(
-            _powers(x, len(kernels)), transformed, gradients, strict=True
+            _powers(x, len(kernels)), transformed, gradients_of(*given), strict=True
         ):
             of_products = _both_axes(_to_outputs_transposed, tiling.outputs_transposed(gradient))
             inputs = _both_axes(_of_inputs, tiling.inputs(power))
@@ -235,7 +208,7 @@ def _convolve_bwd(
         return of_x, of_kernels
 
     if size == batch:
-        of_x, of_kernels = of_block(x, *gradients)
+        of_x, of_kernels = of_block(x, *given)
     else:
         zeros = [jax.tree.map(lambda matrix: jnp.zeros_like(matrix.T), t) for t in transformed]
 
@@ -243,7 +216,7 @@ def _convolve_bwd(
             of_x, of_kernels = of_block(*block)
             return jax.tree.map(jnp.add, sums, of_kernels), of_x
 
-        of_kernels, of_x = lax.scan(add_block, zeros, blocks.split(size, [x, *gradients]))
+        of_kernels, of_x = lax.scan(add_block, zeros, blocks.split(size, [x, *given]))
         of_x = of_x.reshape(x.shape)
     return of_x, tuple(
         jnp.stack([jnp.stack(row) for row in _both_axes(_of_kernels_transposed, grid)])
@@ -251,4 +224,89 @@ def _convolve_bwd(
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """The convolution of (B, H, W, C) with a kernel (3, 3, C, F), to (B, h, w, F)."""
+    return _convolve_fwd(x, kernel, padding)[0]
+
+
+def _convolve_fwd(x: jax.Array, kernel: jax.Array, padding: Padding) -> tuple[jax.Array, Arrays]:
+    tiling, transformed = _Tiling(x.shape, padding), [_transformed_kernel(kernel)]
+    size = _in_blocks(tiling, kernel, x)
+    pieces = blocks.map(lambda x: _outputs(x, transformed, tiling), size, (x,))
+    return pieces[0], (x, kernel)
+
+
+def _convolve_bwd(padding: Padding, residuals: Arrays, gradient: jax.Array) -> Arrays:
+    x, kernel = residuals
+    of_x, of_kernels = _pull_back(x, (kernel,), padding, (gradient,), lambda gradient: (gradient,))
+    return of_x, *of_kernels
+
+
 convolve.defvjp(_convolve_fwd, _convolve_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def sample(
+    x: jax.Array, kernel: jax.Array, sigma2: jax.Array, key: jax.Array, padding: Padding
+) -> jax.Array:
+    """The convolution with a random kernel, by local reparameterisation.
+
+    All of it block by block: of the mean, the variance and the noise, nothing but the derivative
+    with respect to the variance is kept for the gradients.
+
+    Args:
+      x: the images, (B, H, W, C).
+      kernel: the mean, (3, 3, C, F).
+      sigma2: the variance, of the same shape.
+      key: for the noise.
+      padding: zeros around the image.
+
+    Returns:
+      A sample, (B, h, w, F).
+    """
+    return _sample_fwd(x, kernel, sigma2, key, padding)[0]
+
+
+def _significant(variance: jax.Array) -> jax.Array:
+    """Variances (B, h, w, F) without what may only be rounding, which becomes zero.
+
+    The gradient of a standard deviation grows without bound towards zero: rounding errors must
+    not be taken for tiny variances.
+    """
+    largest = jnp.max(variance, (1, 2), keepdims=True)
+    return jnp.where(variance > _SIGNIFICANT * largest, variance, 0)
+
+
+def _sample_fwd(
+    x: jax.Array, kernel: jax.Array, sigma2: jax.Array, key: jax.Array, padding: Padding
+) -> tuple[jax.Array, Arrays]:
+    tiling = _Tiling(x.shape, padding)
+    transformed = [_transformed_kernel(k) for k in (kernel, sigma2)]
+    size = _in_blocks(tiling, kernel, x)
+
+    def sampled(x: jax.Array, key: jax.Array) -> Arrays:
+        mean, variance = _outputs(x, transformed, tiling)
+        eps = noise.standard_normal(key, mean.shape)
+        y, of_variance = jax.vjp(
+            lambda variance: math.reparameterise(mean, variance, eps), _significant(variance)
+        )
+        return y, *of_variance(jnp.ones_like(y))
+
+    keys = jax.random.split(key, x.shape[0] // size) if size < x.shape[0] else key[None]
+    y, slope = blocks.map(sampled, size, (x,), keys)
+    return y, (x, kernel, sigma2, slope)
+
+
+def _sample_bwd(
+    padding: Padding, residuals: Arrays, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    x, kernel, sigma2, slope = residuals
+    of_x, (of_kernel, of_sigma2) = _pull_back(
+        x, (kernel, sigma2), padding, (gradient, slope),
+        lambda gradient, slope: (gradient, gradient * slope),
+    )  # fmt: skip
+    return of_x, of_kernel, of_sigma2, None
+
+
+sample.defvjp(_sample_fwd, _sample_bwd)

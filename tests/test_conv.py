@@ -221,34 +221,43 @@ def test_padding_is_flax_s_own(size: tuple[int, int], padding, features: int) ->
 @pytest.mark.parametrize(
     ('shape', 'convolve', 'dtype'),
     [
-        (SHAPES[-2], wide._convolve, jnp.float32),
-        (SHAPES[-2], wide._convolve, jnp.bfloat16),
-        (SHAPES[-1], winograd.convolve, jnp.float32),
+        (SHAPES[-2], lambda x, k, s, p: wide._convolve(x, (k, s), p), jnp.float32),
+        (SHAPES[-2], lambda x, k, s, p: wide._convolve(x, (k, s), p), jnp.bfloat16),
+        (SHAPES[-1], lambda x, k, s, p: (winograd.convolve(x, k, p),), jnp.float32),
+        (
+            SHAPES[-1],
+            lambda x, k, s, p: (winograd.sample(x, k, s, jax.random.key(0), p),),
+            jnp.float32,
+        ),
     ],
+    ids=['patches', 'patches, bfloat16', 'winograd', 'winograd, sampled'],
 )
 @pytest.mark.parametrize('images', [1, 2, 5])  # in a block at most; of a batch of six
 def test_blocks_of_the_batch_give_what_all_of_it_gives(
     monkeypatch, images, shape, convolve, dtype
 ) -> None:
-    _, x, kernel, sigma2, _ = case(shape)
-    x, *kernels = (jnp.asarray(a, dtype) for a in (x, kernel, sigma2))
+    # Blocks draw from keys of their own; here all draws are alike.
+    monkeypatch.setattr(noise, 'standard_normal', lambda key, shape: jnp.full(shape, 0.7))
+    _, x, *kernels, _ = case(shape)
+    x, *kernels = (jnp.asarray(a, dtype) for a in (x, *kernels))
     padding = (1, 1), (0, 1)
-    cotangents = [
-        np.random.default_rng(7).normal(size=y.shape)
-        for y in jax.eval_shape(lambda x, *k: convolve(x, k, padding), x, *kernels)
-    ]
+    cotangents = tuple(
+        jnp.asarray(np.random.default_rng(7).normal(size=y.shape), dtype)
+        for y in jax.eval_shape(lambda *a: convolve(*a, padding), x, *kernels)
+    )
 
     def outputs_and_gradients():
-        y, vjp = jax.vjp(lambda x, *k: convolve(x, k, padding), x, *kernels)
-        return y, vjp(tuple(jnp.asarray(c, dtype) for c in cotangents))
+        y, vjp = jax.vjp(lambda *a: convolve(*a, padding), x, *kernels)
+        return y, vjp(cotangents)
 
     at_once = outputs_and_gradients()
     loops = str(jax.make_jaxpr(lambda: outputs_and_gradients())()).count('scan[')
     assert loops == 0
-    if convolve is winograd.convolve:  # 4x2 tiles of sixteen
-        bytes_per_image = 4 * 2 * 16 * 64 * jnp.dtype(dtype).itemsize
+    _, h, w, features = cotangents[0].shape
+    if shape == SHAPES[-1]:  # tiles of 2x2 outputs, of sixteen inputs
+        bytes_per_image = -(-h // 2) * -(-w // 2) * 16 * features * x.dtype.itemsize
     else:  # a patch for every output
-        bytes_per_image = 5 * 4 * kernel[..., 0].size * jnp.dtype(dtype).itemsize
+        bytes_per_image = h * w * kernels[0][..., 0].size * x.dtype.itemsize
     monkeypatch.setattr(blocks, 'BYTES', images * bytes_per_image)
     assert str(jax.make_jaxpr(lambda: outputs_and_gradients())()).count('scan[') > 0
     tolerance = 2e-5 if dtype == jnp.float32 else 0.02
@@ -259,6 +268,29 @@ def test_blocks_of_the_batch_give_what_all_of_it_gives(
         outputs_and_gradients(),
         at_once,
     )
+
+
+def test_blocks_draw_different_noise(monkeypatch) -> None:
+    monkeypatch.setattr(blocks, 'BYTES', 1)
+    x, sigma2 = jnp.ones((4, 2, 2, 3)), jnp.ones((3, 3, 3, 64))
+    y = winograd.sample(x, 0 * sigma2, sigma2, jax.random.key(0), ((1, 1), (1, 1)))
+    correlations = np.corrcoef(np.reshape(y, (4, -1)))
+    assert np.abs(correlations - np.eye(4)).max() < 5 / np.sqrt(y[0].size)
+
+
+def test_several_draws_at_once_are_what_each_is_alone(monkeypatch) -> None:
+    monkeypatch.setattr(blocks, 'BYTES', 1)
+    x, kernel = jnp.ones((4, 3, 2, 3)), jnp.ones((3, 3, 3, 64))
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def gradients(key):
+        loss = lambda *a: jnp.sum(jnp.sin(winograd.sample(*a, key, ((1, 1), (1, 1)))))  # noqa: E731
+        return jax.grad(loss, (0, 1, 2))(x, 0.1 * kernel, 0.01 * kernel)
+
+    together, alone = jax.vmap(gradients)(keys), [gradients(key) for key in keys]
+    for i, wanted in enumerate(alone):
+        for a, b in zip(together, wanted, strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-4)
 
 
 def test_rounding_is_not_taken_for_a_tiny_variance() -> None:
