@@ -10,6 +10,7 @@ only noise, and ship what is left::
     step = svd.make_train_step(model.apply, svd.classification_loss, tx, num_data=60_000)
     sparse = svd.sparsify(params)               # zeros where log_alpha >= 3
     print(svd.sparsity(sparse))
+    svd.save('network.svd', sparse)             # a small file
 
 Molchanov, Ashukha & Vetrov, "Variational Dropout Sparsifies Deep Neural Networks", ICML 2017.
 """
@@ -19,6 +20,9 @@ from svd_jax import linen as linen
 from svd_jax._version import __version__ as __version__
 from svd_jax.compaction import Compact as Compact
 from svd_jax.compaction import compact as compact
+from svd_jax.file import SvdFormatError as SvdFormatError
+from svd_jax.file import load as load
+from svd_jax.file import save as save
 from svd_jax.train import TrainState as TrainState
 from svd_jax.train import classification_loss as classification_loss
 from svd_jax.train import elbo_loss as elbo_loss

@@ -1,0 +1,372 @@
+"""The file format ``.svd``: a tree of arrays, sparse ones small.
+
+docs/format.md describes it byte by byte. Nothing in a file is executed, what it claims is checked
+before it is believed, and it is read without knowing the model.
+"""
+
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from svd_jax import arrays, quantise, tree
+from svd_jax.entropy import Coder, Reader, Writer
+
+PyTree = Any
+
+MAGIC = b'SVD'
+VERSION = 1
+
+# In the order of their numbers in the file.
+_DTYPES = [
+    np.dtype(name)
+    for name in (
+        'float32', ml_dtypes.bfloat16, 'float16', 'float64', 'bool',
+        'int8', 'uint8', 'int16', 'uint16', 'int32', 'uint32', 'int64', 'uint64',
+    )
+]  # fmt: skip
+_DICT, _LIST, _TUPLE, _ARRAY = range(4)
+_EXACT, _QUANTISED = range(2)
+_DEEPEST = 64
+_LARGEST_HEADER = 2**24
+
+
+class SvdFormatError(ValueError):
+    """A file is not a ``.svd`` file, damaged, or of a later version."""
+
+
+class _Leaf(NamedTuple):
+    """An array in a file; ``step``: of its levels, None where it is exact."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    step: float | None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save(
+    path: str | os.PathLike[str],
+    params: PyTree,
+    *,
+    tolerance: float | None = None,
+    threshold: float = 3.0,
+) -> int:
+    """Writes a tree of arrays to a ``.svd`` file.
+
+    Args:
+      path: of the file; replaced only once all is written.
+      params: a sparsified or dense tree: nested dicts, lists and tuples of arrays. Of a variational
+        tree, what :func:`svd_jax.sparsify` leaves is written.
+      tolerance: None: every bit is kept. A number: weights are rounded, by errors of about so many
+        of their own posterior standard deviations, and a bias beside them more finely; takes a
+        variational tree. 0.1 is hardly felt, 0.5 is.
+      threshold: as for :func:`svd_jax.sparsify`.
+
+    Returns:
+      The bytes of the file.
+
+    Raises:
+      ValueError: the tree holds what is no array, or an array of a type that the format does not
+        know; ``tolerance`` is not above 0, or there is no posterior to measure it by.
+
+    Example:
+      >>> import os, tempfile
+      >>> import numpy as np
+      >>> import svd_jax as svd
+      >>> kernel = np.zeros((300, 100), np.float32)
+      >>> kernel[5, 7] = 0.5
+      >>> path = os.path.join(tempfile.mkdtemp(), 'small.svd')
+      >>> svd.save(path, {'Dense_0': {'kernel': kernel}}) < 100
+      True
+      >>> bool(np.all(svd.load(path)['Dense_0']['kernel'] == kernel))
+      True
+    """
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise ValueError(f'tolerance must be above 0, got {tolerance}')
+    variational = any(weight.log_sigma2 is not None for weight in tree.weights(params))
+    if tolerance is not None and not variational:
+        raise ValueError(
+            'tolerance needs the posterior: pass the variational tree, before svd.sparsify'
+        )
+    sparse = tree.sparsify(params, threshold) if variational else params
+    steps = {} if tolerance is None else dict(_steps(params, sparse, tolerance))
+    header, writer = bytearray(), Writer()
+    # The order of the leaves in the header is that of their contents.
+    for leaf, array, levels in _describe(sparse, steps, header):
+        _code(writer, leaf, array, levels)
+    packed = _deflate(bytes(header))
+    data = MAGIC + bytes([VERSION]) + _number(len(packed)) + packed + writer.finish()
+    data += zlib.crc32(data).to_bytes(4, 'little')
+    _replace(Path(path), data)
+    return len(data)
+
+
+def load(path: str | os.PathLike[str], *, max_bytes: int = 2**32) -> PyTree:
+    """Reads a tree of arrays from a ``.svd`` file.
+
+    Args:
+      path: of the file.
+      max_bytes: that the arrays may take; checked before any is made.
+
+    Returns:
+      Nested dicts, lists and tuples of NumPy arrays, which any Flax model of that structure takes
+      as its parameters.
+
+    Raises:
+      SvdFormatError: it is not such a file, damaged, of a later version, or larger than allowed.
+      OSError: it cannot be read.
+    """
+    name, data = os.fspath(path), Path(path).read_bytes()
+    try:
+        return _decode(data, max_bytes)
+    except (SvdFormatError, KeyboardInterrupt, SystemExit, MemoryError) as error:
+        if isinstance(error, SvdFormatError):
+            raise SvdFormatError(f'{name}: {error}') from error
+        raise
+    except BaseException as error:  # the coder is compiled, and panics are no Exceptions
+        raise SvdFormatError(f'{name} is damaged ({error})') from error
+
+
+def _decode(data: bytes, max_bytes: int) -> PyTree:
+    if data[: len(MAGIC)] != MAGIC:
+        raise SvdFormatError('not an .svd file')
+    if len(data) < 9 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], 'little'):
+        raise SvdFormatError('damaged or cut off: its checksum does not match')
+    if data[3] != VERSION:
+        raise SvdFormatError(f'of format {data[3]}, this version reads {VERSION}: upgrade svd_jax')
+    outer = _Bytes(data[4:-4])
+    header = _Bytes(_inflate(outer.take(outer.number())))
+    skeleton = _skeleton(header, 0)
+    if header.rest():
+        raise SvdFormatError('damaged: its header is longer than what it describes')
+    leaves = list(_leaves(skeleton))
+    needed = sum(leaf.nbytes for leaf in leaves)
+    if needed > max_bytes:
+        raise SvdFormatError(
+            f'its arrays take {needed:,} bytes: pass max_bytes= to allow more than {max_bytes:,}'
+        )
+    words = outer.rest()
+    if len(words) % 4:
+        raise SvdFormatError('damaged: its contents are not whole words')
+    reader = Reader(words)
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, _Leaf):
+            return _code(reader, node, None, None)
+        if isinstance(node, dict):
+            return {key: filled(child) for key, child in node.items()}
+        return type(node)(map(filled, node))
+
+    return filled(skeleton)
+
+
+def _code(
+    coder: Coder, leaf: _Leaf, array: np.ndarray | None, levels: np.ndarray | None
+) -> np.ndarray:
+    """Writes or reads an array."""
+    if leaf.step is None:
+        return arrays.exact(coder, array, leaf.shape, leaf.dtype)
+    found = arrays.quantised(coder, levels, leaf.shape)
+    return (found.astype(np.float32) * np.float32(leaf.step)).astype(leaf.dtype)
+
+
+# What is kept of a variational tree.
+
+
+def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[str, Any]]:
+    """Step and levels of every array that is quantised, by path."""
+    kept = {weight.path: np.asarray(weight.values) for weight in tree.weights(sparse)}
+    siblings = _flat(sparse)
+    for weight in tree.weights(params):
+        if weight.log_sigma2 is None:
+            continue
+        values = kept[weight.path].astype(np.float32)
+        sigma = np.exp(np.asarray(weight.log_sigma2, np.float32) / 2)
+        used = sigma[values != 0]
+        if not used.size:
+            continue
+        step = float(np.float32(quantise.step_size(used, tolerance)))
+        yield weight.path, (step, quantise.levels(values, sigma, step, tolerance))
+        bias = f'{weight.path.rpartition("/")[0]}/bias'.removeprefix('/')
+        if bias in siblings:
+            yield bias, quantise.bias_levels(np.asarray(siblings[bias]), step)
+
+
+def _flat(node: Any, path: str = '') -> dict[str, Any]:
+    """The arrays of a tree by path, as :func:`svd_jax.tree.weights` names them."""
+    items = (
+        node.items() if isinstance(node, Mapping)
+        else enumerate(node) if isinstance(node, (list, tuple))
+        else None
+    )  # fmt: skip
+    if items is None:
+        return {path.removesuffix('/'): node}
+    return {k: v for name, child in items for k, v in _flat(child, f'{path}{name}/').items()}
+
+
+# The header.
+
+
+def _describe(
+    node: Any, steps: Mapping[str, Any], header: bytearray, path: str = ''
+) -> Iterator[tuple[_Leaf, np.ndarray, np.ndarray | None]]:
+    """Appends the description of a tree to the header, and gives its arrays in order."""
+    if isinstance(node, Mapping):
+        header += bytes([_DICT]) + _number(len(node))
+        for key, child in node.items():
+            if not isinstance(key, str):
+                raise ValueError(f'{path}{key!r} is no string: the format has names of strings')
+            encoded = key.encode()
+            header += _number(len(encoded)) + encoded
+            yield from _describe(child, steps, header, f'{path}{key}/')
+    elif isinstance(node, (list, tuple)):
+        header += bytes([_LIST if isinstance(node, list) else _TUPLE]) + _number(len(node))
+        for index, child in enumerate(node):
+            yield from _describe(child, steps, header, f'{path}{index}/')
+    else:
+        name = path.removesuffix('/')
+        if not isinstance(node, (np.ndarray, np.generic, jax.Array)):
+            raise ValueError(f'{name} is a {type(node).__name__}: the format holds arrays alone')
+        if jax.dtypes.issubdtype(node.dtype, jax.dtypes.prng_key):
+            raise ValueError(f'{name} is a PRNG key: save jax.random.key_data(key)')
+        array = np.asarray(node)
+        if array.dtype not in _DTYPES:
+            raise ValueError(f'{name} has type {array.dtype}: convert it, to float32 for example')
+        step, levels = steps.get(name, (None, None))
+        header += bytes([_ARRAY, _DTYPES.index(array.dtype)]) + _number(array.ndim)
+        for size in array.shape:
+            header += _number(size)
+        header += bytes([_EXACT if step is None else _QUANTISED])
+        if step is not None:
+            header += np.array(step, '<f4').tobytes()
+        yield _Leaf(array.shape, array.dtype, step), array, levels
+
+
+def _skeleton(header: '_Bytes', depth: int) -> Any:
+    """A tree of :class:`_Leaf`."""
+    if depth > _DEEPEST:
+        raise SvdFormatError(f'nested deeper than {_DEEPEST}')
+    kind = header.byte()
+    if kind == _DICT:
+        result = {}
+        for _ in range(header.count()):
+            try:
+                key = header.take(header.number()).decode()
+            except UnicodeDecodeError as error:
+                raise SvdFormatError('damaged: a name is not UTF-8') from error
+            if key in result:
+                raise SvdFormatError(f'damaged: {key!r} stands twice')
+            result[key] = _skeleton(header, depth + 1)
+        return result
+    if kind in (_LIST, _TUPLE):
+        children = [_skeleton(header, depth + 1) for _ in range(header.count())]
+        return children if kind == _LIST else tuple(children)
+    if kind != _ARRAY:
+        raise SvdFormatError(f'damaged: no node is of kind {kind}')
+    number = header.byte()
+    if number >= len(_DTYPES):
+        raise SvdFormatError(f'damaged: no type has number {number}')
+    ndim = header.number()
+    if ndim > 32:
+        raise SvdFormatError(f'damaged: an array of {ndim} axes')
+    shape, coding, step = tuple(header.number() for _ in range(ndim)), header.byte(), None
+    if max(shape, default=0) >= 2**40:
+        raise SvdFormatError(f'damaged: an array of shape {shape}')
+    if coding == _QUANTISED:
+        (step,) = np.frombuffer(header.take(4), '<f4').tolist()
+        if not 0 < step < math.inf or _DTYPES[number].kind not in 'fV':
+            raise SvdFormatError('damaged: levels without a step')
+    elif coding != _EXACT:
+        raise SvdFormatError(f'damaged: no coding has number {coding}')
+    return _Leaf(shape, _DTYPES[number], step)
+
+
+def _leaves(node: Any) -> Iterator[_Leaf]:
+    if isinstance(node, _Leaf):
+        yield node
+    else:
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _leaves(child)
+
+
+class _Bytes:
+    """Bytes that are read one after the other, and never beyond their end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self._data) - self._at:
+            raise SvdFormatError('damaged: it ends too early')
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def rest(self) -> bytes:
+        return self.take(len(self._data) - self._at)
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def number(self) -> int:
+        """Seven bits a byte, the lowest first; the eighth says that more follow."""
+        result = shift = 0
+        while True:
+            byte = self.byte()
+            result |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return result
+            if shift > 63:
+                raise SvdFormatError('damaged: a number without end')
+
+    def count(self) -> int:
+        """Of things that take a byte each at least."""
+        number = self.number()
+        if number > len(self._data) - self._at:
+            raise SvdFormatError('damaged: it ends too early')
+        return number
+
+
+def _number(value: int) -> bytes:
+    result = bytearray()
+    while value > 127:
+        result.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*result, value])
+
+
+def _deflate(data: bytes) -> bytes:
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return compressor.compress(data) + compressor.flush()
+
+
+def _inflate(data: bytes) -> bytes:
+    decompressor = zlib.decompressobj(-15)
+    result = decompressor.decompress(data, _LARGEST_HEADER)
+    if not decompressor.eof or decompressor.unused_data:
+        raise SvdFormatError('damaged: its header does not end where it should')
+    return result
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file all at once: a full disk leaves what was there."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix='.tmp')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

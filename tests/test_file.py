@@ -1,0 +1,276 @@
+"""svd_jax.file: what is saved is what is loaded, small, and nothing else can be loaded."""
+
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis.extra import numpy as npst
+
+import svd_jax as svd
+from svd_jax import entropy, file
+
+DTYPES = [
+    np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_,
+    np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64,
+]  # fmt: skip
+
+
+@st.composite
+def leaves(draw: st.DrawFn) -> np.ndarray:
+    """Arrays of any bits, with as many zeros as it comes."""
+    dtype = np.dtype(draw(st.sampled_from(DTYPES)))
+    shape = draw(npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    data = rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, np.uint8)
+    array = np.frombuffer((data & 1 if dtype.kind == 'b' else data).tobytes(), dtype).reshape(shape)
+    return np.where(rng.random(shape) < draw(st.floats(0, 1)), array, np.zeros((), dtype))
+
+
+names = st.text(max_size=6)
+trees = st.recursive(
+    leaves(),
+    lambda children: (
+        st.dictionaries(names, children, max_size=3)
+        | st.lists(children, max_size=3)
+        | st.lists(children, max_size=3).map(tuple)
+    ),
+    max_leaves=5,
+)
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    """To the last bit, in type, shape and order."""
+    assert type(found) is type(wanted)
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted)
+        found, wanted = list(found.values()), list(wanted.values())
+    if isinstance(wanted, (list, tuple)):
+        for a, b in zip(found, wanted, strict=True):
+            assert_same(a, b)
+    else:
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        assert found.tobytes() == wanted.tobytes()
+
+
+@hypothesis.given(trees)
+@hypothesis.settings(
+    max_examples=100, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_what_was_saved_is_loaded_to_the_last_bit(tmp_path: Path, tree: Any) -> None:
+    path = tmp_path / 'tree.svd'
+    assert svd.save(path, tree) == path.stat().st_size
+    assert_same(svd.load(path), tree)
+    assert [p.name for p in tmp_path.iterdir()] == ['tree.svd']
+
+
+def sparse(rng: np.random.Generator, shape: tuple[int, ...], density: float) -> np.ndarray:
+    return np.where(rng.random(shape) < density, rng.normal(size=shape), 0).astype(np.float32)
+
+
+def entropy_bytes(density: float, count: int) -> float:
+    """Of the positions of a random matrix: no code can do with less."""
+    p = np.array([density, 1 - density])
+    return float(-np.sum(p * np.log2(p)) * count / 8)
+
+
+@pytest.mark.parametrize('density', [0.001, 0.01, 0.1, 0.5, 0.9])
+def test_random_positions_take_little_more_than_their_entropy(density: float) -> None:
+    mask = np.random.default_rng(0).random((400, 500)) < density
+    writer = entropy.Writer()
+    entropy.positions(writer, mask, mask.shape)
+    data = writer.finish()
+    bound = entropy_bytes(mask.mean(), mask.size)
+    assert 0.97 * bound < len(data) < 1.06 * bound + 16
+    assert np.array_equal(entropy.positions(entropy.Reader(data), None, mask.shape), mask)
+
+
+def test_dead_rows_and_columns_cost_next_to_nothing() -> None:
+    rng, size = np.random.default_rng(0), {}
+    for rows, columns in ((40, 50), (400, 500)):
+        mask = np.zeros((rows, columns), bool)
+        mask[:40, :50] = rng.random((40, 50)) < 0.2
+        writer = entropy.Writer()
+        entropy.positions(writer, mask, mask.shape)
+        size[rows] = len(writer.finish())
+    assert size[400] < 1.4 * size[40]
+
+
+def test_a_sparse_network_makes_a_small_file_that_plain_flax_runs(tmp_path: Path) -> None:
+    rng, model, x = np.random.default_rng(0), nn.Dense(100), jnp.ones((2, 300))
+    params = {'kernel': sparse(rng, (300, 100), 0.02), 'bias': np.zeros(100, np.float32)}
+    size = svd.save(tmp_path / 'small.svd', params)
+    count = np.count_nonzero(params['kernel'])
+    # At least the mantissas are random; with signs, exponents and positions.
+    assert 23 / 8 * count < size < 4.6 * count
+    found = svd.load(tmp_path / 'small.svd')
+    assert np.array_equal(model.apply({'params': found}, x), model.apply({'params': params}, x))
+
+
+def variational(seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    kernel = sparse(rng, (60, 40), 0.3) + 1e-4
+    log_sigma2 = np.log(rng.uniform(0.01, 0.1, kernel.shape).astype(np.float32) ** 2)
+    bias = rng.normal(size=40).astype(np.float32)
+    return {'layer': {'kernel': kernel, 'log_sigma2': log_sigma2, 'bias': bias}}
+
+
+def test_of_a_variational_tree_the_sparse_one_is_saved(tmp_path: Path) -> None:
+    params, path = variational(), tmp_path / 'a.svd'
+    svd.save(path, params, threshold=2.0)
+    found, wanted = svd.load(path)['layer'], svd.sparsify(params, 2.0)['layer']
+    assert_same(found, {name: np.asarray(leaf) for name, leaf in wanted.items()})
+
+
+def test_larger_tolerances_make_smaller_files_and_larger_errors(tmp_path: Path) -> None:
+    params, path = variational(), tmp_path / 'a.svd'
+    wanted = np.asarray(svd.sparsify(params)['layer']['kernel'])
+    sigma = np.exp(params['layer']['log_sigma2'] / 2)
+    sizes, errors = [svd.save(path, params)], [0.0]
+    for tolerance in (0.01, 0.1, 0.5):
+        sizes.append(svd.save(path, params, tolerance=tolerance))
+        found = svd.load(path)['layer']
+        assert found['kernel'].dtype == np.float32
+        assert not np.any(found['kernel'][wanted == 0])
+        kept = wanted != 0
+        errors.append(float(np.sqrt(np.mean(np.square((found['kernel'] - wanted) / sigma)[kept]))))
+        assert errors[-1] < 2 * tolerance
+        assert np.abs(found['bias'] - params['layer']['bias']).max() < tolerance * sigma.max()
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] / 2.5
+    assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize(
+    ('params', 'options', 'message'),
+    [
+        ({'kernel': np.ones((2, 2))}, {'tolerance': 0.1}, 'before svd.sparsify'),
+        (variational(), {'tolerance': 0.0}, 'tolerance must be above 0, got 0.0'),
+        ({'a': {'b': 3}}, {}, 'a/b is a int: the format holds arrays alone'),
+        ({'a': np.array(['x'])}, {}, 'a has type <U1: convert it'),
+        ({3: np.ones(2)}, {}, '3 is no string'),
+        ({'a': jax.random.key(0)}, {}, r'a is a PRNG key: save jax\.random\.key_data'),
+    ],
+)
+def test_what_cannot_be_saved_is_refused(
+    tmp_path: Path, params: Any, options: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        svd.save(tmp_path / 'a.svd', params, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / 'a.svd'
+    svd.save(path, {'a': np.ones(3)})
+
+    def full(handle: int) -> None:
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left'):
+        svd.save(path, {'a': np.zeros(3)})
+    assert np.array_equal(svd.load(path)['a'], np.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ['a.svd']
+
+
+# Hostile files.
+
+
+def real_file() -> bytes:
+    rng = np.random.default_rng(0)
+    params = variational()
+    params['more'] = [sparse(rng, (3, 3, 4, 8), 0.2), np.arange(5), np.float16(2.5)]
+    path = Path(os.environ.get('TMPDIR', '/tmp')) / f'svd_jax_{os.getpid()}.svd'
+    try:
+        svd.save(path, params, tolerance=0.1)
+        return path.read_bytes()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def sealed(body: bytes) -> bytes:
+    """With a checksum that is right."""
+    return body + zlib.crc32(body).to_bytes(4, 'little')
+
+
+def decode(data: bytes) -> Any:
+    return file._decode(data, 2**20)
+
+
+def test_any_mutation_or_truncation_is_refused(tmp_path: Path) -> None:
+    data, rng, path = real_file(), np.random.default_rng(0), tmp_path / 'a.svd'
+    for _ in range(int(os.environ.get('SVD_JAX_FUZZ', '300'))):
+        damaged = bytearray(data)
+        if rng.random() < 0.3:
+            damaged = damaged[: rng.integers(len(data))]
+        else:
+            for _ in range(rng.integers(1, 4)):
+                damaged[rng.integers(len(data))] ^= int(rng.integers(1, 256))
+        if bytes(damaged) == data:
+            continue
+        path.write_bytes(damaged)
+        with pytest.raises(svd.SvdFormatError, match=r'a\.svd'):
+            svd.load(path)
+
+
+def test_mutations_with_the_right_checksum_load_or_are_refused(tmp_path: Path) -> None:
+    body, rng, path = real_file()[:-4], np.random.default_rng(1), tmp_path / 'a.svd'
+    outcomes = set()
+    for _ in range(int(os.environ.get('SVD_JAX_FUZZ', '300'))):
+        damaged = bytearray(body)
+        kind = rng.random()
+        if kind < 0.2:
+            damaged = damaged[: rng.integers(4, len(body))]
+        for _ in range(rng.integers(1, 4)):
+            # Often in the header, at the beginning.
+            end = len(damaged) if kind < 0.5 else min(len(damaged), 90)
+            damaged[rng.integers(3, end)] ^= int(rng.integers(1, 256))
+        path.write_bytes(sealed(bytes(damaged)))
+        try:
+            found = svd.load(path, max_bytes=2**20)
+        except svd.SvdFormatError:
+            outcomes.add('refused')
+        else:
+            assert sum(leaf.nbytes for leaf in jax.tree.leaves(found)) <= 2**20
+            outcomes.add('loaded')
+    assert outcomes == {'refused', 'loaded'}
+
+
+def described(header: bytes, contents: bytes = b'') -> bytes:
+    """A file with a header of one's own."""
+    packed = file._deflate(header)
+    return sealed(b'SVD\x01' + file._number(len(packed)) + packed + contents)
+
+
+@pytest.mark.parametrize(
+    ('data', 'message'),
+    [
+        (b'', 'not an .svd file'),
+        (b'PK\x03\x04 a zip', 'not an .svd file'),
+        (b'SVD\x01', 'checksum'),
+        (sealed(b'SVD\x02 and more'), r'format 2, this version reads 1: upgrade'),
+        (described(bytes([1, 1]) * 100 + bytes([3, 0, 0, 0])), 'nested deeper'),
+        (described(bytes([3, 0, 2, *[255, 255, 255, 255, 15] * 2, 0])), 'pass max_bytes='),
+        (described(bytes([3, 0, 1, *[255] * 20])), 'a number without end'),
+        (described(bytes([0, 255, 255, 3])), 'ends too early'),
+        (described(bytes([0, 2, 1, 97, 3, 0, 0, 0, 1, 97, 3, 0, 0, 0])), 'stands twice'),
+        (described(bytes([3, 99, 0, 0])), 'no type has number 99'),
+        (described(bytes([9])), 'no node is of kind 9'),
+        (described(bytes([3, 0, 0, 1, 0, 0, 128, 127])), 'levels without a step'),
+        (described(bytes([3, 0, 0, 0]) + bytes(2**25)), 'header'),
+        (described(bytes([3, 0, 0, 0, 7])), 'header is longer'),
+        (described(bytes([3, 0, 1, 4, 0]), b'abc'), 'whole words'),
+    ],
+)  # fmt: skip
+def test_files_made_by_hand_are_refused(data: bytes, message: str) -> None:
+    with pytest.raises(svd.SvdFormatError, match=message):
+        decode(data)
