@@ -347,8 +347,11 @@ class FakeTfds:
     """A TFDS that prepares the tiny MNIST, or raises, and otherwise is the real one."""
 
     def __init__(self, real, error=None):
-        self.data_source = real.data_source
+        self.real = real
         self.error = error
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
 
     def builder(self, name, data_dir, file_format):
         assert (name, file_format) == ('mnist:3.0.1', 'array_record')
