@@ -3,7 +3,8 @@
 =================================  ============================  ===========================
 what                               CPU                           GPU, TPU
 =================================  ============================  ===========================
-ordinary 2-D convolutions          patches and matrix products   XLA's own convolutions
+ordinary 2-D convolutions          matrix products, of patches   XLA's own convolutions
+                                   or by Winograd's algorithm
 max_pool_2x2                       comparisons of four slices    XLA's own pooling
 a step that is not finite          takes the other branch        selects the old state
 =================================  ============================  ===========================

@@ -1,8 +1,8 @@
 """Convolution and pooling for CPUs.
 
 XLA's convolutions are slow on a CPU, their gradients slower, and slower still inside a loop. An
-ordinary two-dimensional convolution is computed here as products of its patches instead: with the
-channels innermost where they are many (:mod:`svd_jax.wide`), else with the batch innermost
+ordinary two-dimensional convolution is computed here as matrix products instead: with the channels
+innermost where they are many (:mod:`svd_jax.wide`), else with the batch innermost
 (:mod:`svd_jax.narrow`). Pooling takes the layout of the convolution before it.
 """
 

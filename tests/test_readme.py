@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import svd_jax as svd
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 
@@ -15,7 +17,8 @@ def _blocks(language):
     return re.findall(rf'^```{language}\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_code_runs():
+def test_the_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (code,) = _blocks('python')
     names = {
         'key': jax.random.key(0),
@@ -27,6 +30,8 @@ def test_the_code_runs():
     logits, kl = names['Net']().apply({'params': names['sparse']}, names['x'])
     assert logits.shape == (32, 10)
     assert kl == 0  # the sparse tree has no posterior left
+    shipped = svd.load('net.svd')
+    assert jax.tree.map(jnp.shape, shipped) == jax.tree.map(jnp.shape, names['sparse'])
 
 
 def test_run_and_test_are_one_command_each():
