@@ -1,0 +1,321 @@
+"""Fast inference of what is left, on a CPU: sparse kernels where they win.
+
+A compacted network is split where a single value passes from one layer to the next. Every part can
+run in two ways: dense, by XLA; or as operations on rows that meet no zero weight
+(:mod:`svd_jax.sparse`). Both are measured, and the faster one is kept. On other backends the
+compacted network runs as it is.
+"""
+
+import functools
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from svd_jax import kernels
+from svd_jax.compaction import Compact
+from svd_jax.parts import Network
+from svd_jax.sparse import NotCoveredError, Plan
+
+# Bytes of the rows of one block: they should stay in a core's cache.
+_CACHE = 1 << 19
+# Below this many multiply-adds a thread, a second one costs more than it saves.
+_WORTH_A_THREAD = 2_000_000
+# A measurement: rounds, and seconds of a turn.
+_ROUNDS, _SECONDS = 7, 0.004
+
+DENSE, SPARSE = 'dense', 'sparse'
+
+
+class Layer(NamedTuple):
+    """A part of the network, and how it runs.
+
+    Attributes:
+      path: of the modules in it.
+      kernel: ``'sparse'`` or ``'dense'``.
+      multiply_adds: for one example: of the dense kernel, and executed by the one that is kept.
+      dense_us: measured, microseconds for the example input.
+      sparse_us: measured; None where sparse kernels don't cover the part.
+      left: what they don't cover.
+    """
+
+    path: str
+    kernel: str
+    multiply_adds: tuple[int, int]
+    dense_us: float
+    sparse_us: float | None
+    left: str = ''
+
+    def as_kept(self, kernel: str) -> 'Layer':
+        """With the kernel that is kept in the end."""
+        dense, sparse = self.multiply_adds
+        return self._replace(
+            kernel=kernel, multiply_adds=(dense, sparse if kernel == SPARSE else dense)
+        )
+
+
+class Report(NamedTuple):
+    """How a compiled network runs; printed, a table.
+
+    Attributes:
+      layers: in the order in which they run; none where the network runs as it is.
+      dense_us: of the whole by XLA, measured, microseconds for the example input.
+      us: of the whole as it is kept.
+      left: why the network runs as it is, if it does.
+    """
+
+    layers: tuple[Layer, ...]
+    dense_us: float
+    us: float
+    left: str = ''
+
+    @property
+    def multiply_adds(self) -> tuple[int, int]:
+        """For one example: of the dense compacted network, and executed."""
+        dense, executed = zip(*(layer.multiply_adds for layer in self.layers), strict=True)
+        return sum(dense), sum(executed)
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [
+            ('layer', 'kernel', 'dense multiply-adds', 'executed', 'dense us', 'sparse us')
+        ]
+        for layer in self.layers:
+            counts = (f'{count:,}' for count in layer.multiply_adds)
+            sparse = '-' if layer.sparse_us is None else f'{layer.sparse_us:.1f}'
+            rows.append((layer.path, layer.kernel, *counts, f'{layer.dense_us:.1f}', sparse))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            '  '.join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])])
+            for row in rows
+        ]
+        lines = lines if self.layers else [f'runs as it is: {self.left}']
+        lines += [f'{a.path}: not sparse: {a.left}' for a in self.layers if a.left]
+        return '\n'.join([*lines, f'whole: {self.us:.1f} us, by XLA {self.dense_us:.1f} us'])
+
+
+class _Sparse:
+    """A part on rows: (batch, ...) to (batch, ...), NumPy arrays."""
+
+    def __init__(self, plan: Plan, features: tuple[int, ...]) -> None:
+        self._run, self._plan, self._features = kernels.compiled(), plan, features
+        self._tables = (*plan[:4], plan.rows)
+        self._local = threading.local()
+
+    def __call__(self, x: Any) -> np.ndarray:
+        x = np.ascontiguousarray(x, np.float32)
+        if not x.flags.aligned:
+            x = x.copy()
+        batch, features = x.shape[0], math.prod(x.shape[1:])
+        out = np.empty((batch, *self._features), np.float32)
+        numbers, flat = x.reshape(-1), out.reshape(batch, math.prod(self._features))
+        threads = min(_cores(), batch * self._plan.multiply_adds // _WORTH_A_THREAD)
+        if threads < 2:
+            self._examples(numbers, features, flat, 0, batch)
+            return out
+        cuts = [batch * thread // threads for thread in range(threads + 1)]
+        halves = [
+            _threads().submit(self._examples, numbers, features, flat, first, last)
+            for first, last in itertools.pairwise(cuts)
+        ]
+        for half in halves:
+            half.result()
+        return out
+
+    def _examples(
+        self, x: np.ndarray, features: int, out: np.ndarray, first: int, last: int
+    ) -> None:
+        lanes = self._lanes(last - first)
+        work = self._work(lanes)
+        self._run(x, features, out, work, lanes, first, last, *self._tables)
+
+    def _lanes(self, batch: int) -> int:
+        """Examples in a block: whole vectors, as many as the cache holds, blocks of one size."""
+        width = kernels.WIDTH
+        if batch < width // 2:
+            return max(batch, 1)
+        fit = max(1, _CACHE // (4 * width * (self._plan.rows + self._plan.room)))
+        vectors = -(-batch // width)
+        blocks = -(-vectors // fit)
+        return -(-vectors // blocks) * width
+
+    def _work(self, lanes: int) -> np.ndarray:
+        # Kept, for pages that are new cost more than what is computed; by every thread for itself.
+        works: dict[int, np.ndarray] = self._local.__dict__.setdefault('works', {})
+        if lanes not in works:
+            size = (self._plan.rows + self._plan.room) * lanes + 2 * kernels.WIDTH
+            works[lanes] = np.zeros(size, np.float32)
+        return works[lanes]
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_cores())
+
+
+@functools.cache
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+class Compiled:
+    """A network that runs as fast as it was measured to.
+
+    It takes NumPy or JAX arrays, of any batch size, and returns what the network does, as NumPy or
+    JAX arrays. It is not traced: inside ``jax.jit`` or ``jax.grad``, use the compacted network.
+
+    Attributes:
+      report: how the network runs.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], features: tuple[int, ...] | None, report: Report
+    ) -> None:
+        self._run, self._features, self.report = run, features, report
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The output for these inputs.
+
+        Args:
+          inputs: of the shape of the example, but for the batch.
+
+        Raises:
+          ValueError: they are of another shape.
+        """
+        if self._features is not None:
+            shapes = [np.shape(x) for x in inputs]
+            if len(shapes) != 1 or shapes[0][1:] != self._features or not shapes[0]:
+                features = ', '.join(map(str, self._features))
+                raise ValueError(f'pass one array of shape (batch, {features}), not {shapes}')
+        return self._run(*inputs)
+
+
+def compile(small: Compact, *example: Any) -> Compiled:
+    """Compiles a compacted network for fast inference on this machine.
+
+    On a CPU, measures layer by layer whether kernels that skip the zeros are faster than XLA's
+    dense ones, and keeps the faster; so the example should be of a usual size. On other backends,
+    and where the network as it is was fastest, that is what runs. Sums are added in another order,
+    and zero weights meet no input: where the dense network makes NaN of zero times infinity, this
+    one doesn't.
+
+    Args:
+      small: what :func:`svd_jax.compact` returns.
+      example: example inputs, arrays. The first axis is the batch.
+
+    Returns:
+      The network as a function of NumPy or JAX arrays, with a report.
+
+    Raises:
+      ValueError: no example input.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import svd_jax as svd
+      >>> model, x = nn.Dense(2), jnp.ones((4, 3))
+      >>> params = model.init(jax.random.key(0), x)['params']
+      >>> small = svd.compact(model, params, x)
+      >>> fast = svd.compile(small, x)
+      >>> bool(jnp.allclose(fast(x), small(x), atol=1e-6))
+      True
+      >>> fast(x[:1]).shape
+      (1, 2)
+    """
+    if not example:
+        raise ValueError('compile needs an example input: compile(small, x)')
+    inputs = jax.tree.map(jax.numpy.asarray, example)
+
+    def whole(*inputs: Any) -> Any:
+        return small.apply(small.params, *inputs)
+
+    try:
+        if jax.default_backend() != 'cpu':
+            raise NotCoveredError(f'the backend is {jax.default_backend()}')
+        if len(example) > 1 or not jax.tree_util.all_leaves(example) or not inputs[0].ndim:
+            raise NotCoveredError('not one array as input')
+        network = Network(small, inputs[0])
+    except NotCoveredError as reason:
+        (us,) = _microseconds(lambda: whole(*inputs))
+        return Compiled(whole, None, Report((), us, us, str(reason)))
+    return _fastest(network, whole, np.asarray(inputs[0]))
+
+
+def _fastest(network: Network, whole: Callable[..., Any], example: np.ndarray) -> Compiled:
+    layers = []
+    x: Any = example
+    for part in range(len(network.parts)):
+        layer, x = _measured(network, part, x)
+        layers.append(layer)
+    # Passing from one kind to the other costs as well, so the whole is measured, too.
+    chains = {
+        tuple(layer.kernel for layer in layers),
+        tuple(DENSE if layer.left else SPARSE for layer in layers),
+    } - {(DENSE,) * len(layers)}
+    runs = [(whole, (DENSE,) * len(layers)), *((_chain(network, c), c) for c in chains)]
+    times = _microseconds(*(functools.partial(run, example) for run, _ in runs))
+    us, (run, kinds) = min(zip(times, runs, strict=True), key=lambda pair: pair[0])
+    kept = tuple(layer.as_kept(kind) for layer, kind in zip(layers, kinds, strict=True))
+    return Compiled(run, example.shape[1:], Report(kept, times[0], us))
+
+
+def _measured(network: Network, part: int, x: Any) -> tuple[Layer, Any]:
+    """A part in both ways, and what it makes of an input."""
+    alone = slice(part, part + 1)
+    dense = network.dense(alone)
+    path, dense_adds = network.path(part), network.multiply_adds(part)
+    try:
+        plan = network.plan(alone)
+    except NotCoveredError as reason:
+        (dense_us,) = _microseconds(functools.partial(dense, x))
+        counts = dense_adds, dense_adds
+        return Layer(path, DENSE, counts, dense_us, None, str(reason)), dense(x)
+    sparse = _Sparse(plan, network.features(alone))
+    dense_us, sparse_us = _microseconds(
+        functools.partial(dense, x), functools.partial(sparse, np.asarray(x))
+    )
+    kernel = DENSE if dense_us < sparse_us else SPARSE
+    return Layer(path, kernel, (dense_adds, plan.multiply_adds), dense_us, sparse_us), dense(x)
+
+
+def _chain(network: Network, kinds: Sequence[str]) -> Callable[[Any], Any]:
+    """The network with its parts run in these ways, those in a row that run alike as one."""
+    runs: list[Callable[[Any], Any]] = []
+    for kind, group in itertools.groupby(range(len(kinds)), key=lambda part: kinds[part]):
+        numbers = list(group)
+        parts = slice(numbers[0], numbers[-1] + 1)
+        if kind == DENSE:
+            runs.append(network.dense(parts))
+        else:
+            runs.append(_Sparse(network.plan(parts), network.features(parts)))
+    returned = network.output()
+
+    def run(x: Any) -> Any:
+        for part_run in runs:
+            x = part_run(x)
+        return returned(x)
+
+    return run
+
+
+def _microseconds(*runs: Callable[[], Any]) -> list[float]:
+    """The time of each, taking turns: the least of all rounds, for other processes only add."""
+    counts = []
+    for run in runs:
+        jax.block_until_ready(run())  # compiles
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        counts.append(1 + int(_SECONDS / (time.perf_counter() - start)))
+    rounds: list[list[float]] = [[] for _ in runs]
+    for _ in range(_ROUNDS):
+        for run, count, times in zip(runs, counts, rounds, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                jax.block_until_ready(run())
+            times.append(1e6 * (time.perf_counter() - start) / count)
+    return [min(times) for times in rounds]
