@@ -20,9 +20,16 @@ from svd_jax import linen as linen
 from svd_jax._version import __version__ as __version__
 from svd_jax.compaction import Compact as Compact
 from svd_jax.compaction import compact as compact
+from svd_jax.export import export_arrays as export_arrays
+from svd_jax.export import export_onnx as export_onnx
+from svd_jax.export import export_stablehlo as export_stablehlo
 from svd_jax.file import SvdFormatError as SvdFormatError
 from svd_jax.file import load as load
 from svd_jax.file import save as save
+from svd_jax.inspection import compare as compare
+from svd_jax.inspection import inspect as inspect
+from svd_jax.inspection import verify as verify
+from svd_jax.runtime import compile as compile
 from svd_jax.train import TrainState as TrainState
 from svd_jax.train import classification_loss as classification_loss
 from svd_jax.train import elbo_loss as elbo_loss
