@@ -96,16 +96,37 @@ def quantised(coder: Coder, levels: np.ndarray | None, shape: tuple[int, ...]) -
       The numbers, int64.
     """
     mask = _positions(coder, None if levels is None else levels != 0, shape)
-    result = np.zeros(mask.shape, np.int64)
     count = int(np.count_nonzero(mask))
-    signs = sizes = None
-    if levels is not None:
-        entries = levels.reshape(-1)[mask]
-        signs, sizes = (entries < 0).astype(np.int32), np.abs(entries) - 1
+    sizes = None if levels is None else np.abs(levels.reshape(-1)[mask]) - 1
     sizes = _magnitudes(coder, sizes, count)
-    signs = entropy.adaptive(coder, signs, count, np.full(2, 64))
-    result[mask] = np.where(signs == 1, -1, 1) * (sizes + 1)
+    negative = None if levels is None else levels.reshape(-1) < 0
+    result = _signs(coder, negative, mask, shape)
+    result[mask] *= sizes + 1
     return result.reshape(shape)
+
+
+def _signs(
+    coder: Coder, negative: np.ndarray | None, mask: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Codes the signs of the entries, by those of neighbouring rows in the same column; flat."""
+    if len(shape) < 2:  # the entries of a vector are coded one after the other
+        shape = (*shape, 1)
+    rows, columns = matrix_shape(shape)
+    neighbours = coder.units.neighbours(rows) if columns > 1 else ()
+    mask = mask.reshape(rows, columns)
+    result = np.zeros((rows, columns), np.int64)
+    seen = np.ones((3, 2))  # by the neighbours' sign: so many positive, so many negative
+    for block in entropy.blocks(rows, min(neighbours, default=rows)):
+        inside = mask[block]
+        if not inside.any():
+            continue
+        near = np.sign(entropy.sum_before(result, block, neighbours))[inside]
+        chance = seen[near, 1] / seen[near].sum(1)
+        flags = None if negative is None else negative.reshape(rows, columns)[block][inside]
+        symbols = entropy.bits(coder, flags, chance).astype(np.int64)
+        np.add.at(seen, (near, symbols), 2)
+        result[block][inside] = 1 - 2 * symbols
+    return result.reshape(-1)
 
 
 def _magnitudes(coder: Coder, sizes: np.ndarray | None, count: int) -> np.ndarray:

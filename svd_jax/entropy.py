@@ -2,10 +2,12 @@
 
 What is written and what is read is described once: every function here takes a coder that either
 writes the symbols given or reads them, and returns them either way. So the models of both sides
-cannot disagree. Probabilities are quotients of whole numbers, and products of such: every machine
-computes the same.
+cannot disagree. Probabilities are sums, products and quotients, which IEEE 754 rounds alike on
+every machine.
 """
 
+import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import constriction
@@ -13,19 +15,77 @@ import numpy as np
 
 model = constriction.stream.model
 
-# Rows with so many entries at most name them one after the other; others, all columns at once.
-_FEW = 8
+# A column's share of entries is believed as much as the mean of all over so many rows.
+_TRUST = 48
 
-# How many entries a row has: these numbers as they are, then two symbols for what is more.
-_COUNTS = 31
-_FULL, _MORE = _COUNTS, _COUNTS + 1
+# Symbols are coded in blocks that all have the probabilities learnt before. A block is an eighth of
+# what came before, or one while that is less than this; no block has more cells than that.
+_SINGLY = 4096
+_BLOCK = 2**16
 
 # Whole numbers are coded in pieces of so many bits.
 _PIECE_BITS = 16
 
 
+class Units:
+    """Which columns of the arrays so far have entries: what later arrays are guessed by.
+
+    A unit of a network is a column of one layer's weights, an entry of its bias and a row of the
+    next layer's weights, or a row for each position of an image. That is not known of an array but
+    guessed by its size, and only used to choose between models, which learn how good it is.
+    """
+
+    _UNKNOWN, _DEAD, _ALIVE = range(3)
+    _LARGEST_SIDE = 64
+
+    def __init__(self) -> None:
+        # By how many units there are: what the latest array told, and the latest matrix, last.
+        self._columns: dict[int, np.ndarray] = {}
+        self._rows: dict[int, np.ndarray] = {}
+
+    def learn(self, alive: np.ndarray, rows: int) -> None:
+        """Remembers which columns of an array have entries; a full vector says nothing."""
+        size = len(alive)
+        if size > 1 and rows > 1:
+            self._rows.pop(size, None)
+            self._rows[size] = alive
+        if size > 1 and (rows > 1 or not alive.all()):
+            self._columns[size] = alive
+
+    def of_columns(self, count: int) -> np.ndarray:
+        """A guess for each of so many columns."""
+        return self._guess(self._columns.get(count), count)
+
+    def of_rows(self, count: int) -> np.ndarray:
+        """A guess for each of so many rows."""
+        return self._guess(self._rows.get(self._size(count)), count)
+
+    def neighbours(self, rows: int) -> tuple[int, ...]:
+        """How far above a row are those of the positions to its left and above, if any are."""
+        size = self._size(rows)
+        side = math.isqrt(rows // size)
+        if side**2 * size != rows or not 1 < side <= self._LARGEST_SIDE:
+            return ()
+        return size, size * side
+
+    def _size(self, rows: int) -> int:
+        """How many units the rows seem to belong to."""
+        return next((size for size in reversed(self._rows) if rows % size == 0), 1)
+
+    def _guess(self, alive: np.ndarray | None, count: int) -> np.ndarray:
+        if alive is None:
+            return np.full(count, self._UNKNOWN)
+        return np.resize(np.where(alive, self._ALIVE, self._DEAD), count)
+
+
 class Coder(Protocol):
-    """Writes symbols, or reads them."""
+    """Writes symbols, or reads them.
+
+    Attributes:
+      units: what the arrays so far tell of later ones.
+    """
+
+    units: Units
 
     def code(self, symbols: np.ndarray | None, count: int, model: Any, *each: Any) -> np.ndarray:
         """Codes ``count`` symbols by a model, or by one with parameters for each.
@@ -45,6 +105,7 @@ class Writer:
     """Writes symbols."""
 
     def __init__(self) -> None:
+        self.units = Units()
         self._encoder = constriction.stream.queue.RangeEncoder()
 
     def code(self, symbols: np.ndarray | None, count: int, model: Any, *each: Any) -> np.ndarray:
@@ -55,17 +116,19 @@ class Writer:
         return symbols
 
     def finish(self) -> bytes:
-        """What was written, in words of four bytes."""
-        return self._encoder.get_compressed().astype('<u4').tobytes()
+        """What was written; zeros at the end of the last word go without saying."""
+        data = self._encoder.get_compressed().astype('<u4').tobytes()
+        return data[:-4] + data[-4:].rstrip(b'\0')
 
 
 class Reader:
     """Reads what a :class:`Writer` wrote."""
 
-    def __init__(self, data: bytes) -> None:
-        self._decoder = constriction.stream.queue.RangeDecoder(
-            np.frombuffer(data, '<u4').astype(np.uint32)
-        )
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.units = Units()
+        words = np.zeros(-(-len(data) // 4), '<u4')
+        words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+        self._decoder = constriction.stream.queue.RangeDecoder(words.astype(np.uint32, copy=False))
 
     def code(self, symbols: np.ndarray | None, count: int, model: Any, *each: Any) -> np.ndarray:
         if not count:
@@ -123,9 +186,8 @@ def whole_numbers(coder: Coder, values: np.ndarray | None, count: int, bits: int
 def positions(coder: Coder, mask: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
     """Codes where the entries of a sparse matrix are.
 
-    Row by row: how many entries it has, by how many the row before it had; then which columns
-    they are in, by how often each column had one before. So rows and columns without any cost next
-    to nothing.
+    First which columns and which rows have any; then, where such rows and columns cross, every
+    cell, by how many entries its column had before.
 
     Args:
       coder: writes or reads.
@@ -135,76 +197,77 @@ def positions(coder: Coder, mask: np.ndarray | None, shape: tuple[int, int]) -> 
     Returns:
       The mask.
     """
-    rows, columns = shape
+    if not math.prod(shape):
+        return np.zeros(shape, bool)
+    given = (None, None) if mask is None else (np.any(mask, 1), np.any(mask, 0))
+    columns = _flags(coder, given[1], coder.units.of_columns(shape[1]), ())
+    if shape[0] == 1:
+        rows = columns.any(keepdims=True)
+    else:
+        guess, neighbours = coder.units.of_rows(shape[0]), coder.units.neighbours(shape[0])
+        rows = _flags(coder, given[0], guess, neighbours)
+    coder.units.learn(columns, shape[0])
+    inside = np.ix_(rows, columns)
+    cells = _cells(coder, None if mask is None else mask[inside], (rows.sum(), columns.sum()))
+    if cells.shape == shape:
+        return cells
     result = np.zeros(shape, bool)
-    if not result.size:
-        return result
-    prior = np.ones(_COUNTS + 2, np.int64)
-    prior[[0, 1, 2, 3, _FULL, _MORE]] = 8, 4, 2, 2, 4, 4
-    models = [_Histogram(prior) for _ in range(5)]  # by the count of the row before
-    seen = np.zeros(columns, np.int64)
-    before = entries = 0
-    for row in range(rows):
-        given = None if mask is None else mask[row]
-        before = _count(coder, given, columns, models[min(before, 4)])
-        if before == columns:
-            result[row] = True
-        elif before:
-            # What a column is expected to have: what it had, and half an entry and eight rows' mean
-            # that are thought to have been there before. In whole numbers, times the cells so far.
-            cells = max(1, row * columns)
-            expected = 2 * seen * cells + cells + 16 * entries
-            code = _one_by_one if before <= _FEW else _at_once
-            result[row] = code(coder, given, before, expected)
-        seen += result[row]
-        entries += before
+    result[inside] = cells
     return result
 
 
-def _count(coder: Coder, row: np.ndarray | None, columns: int, histogram: _Histogram) -> int:
-    """How many entries a row has."""
-    symbol, number = None, None
-    if row is not None:
-        entries = int(np.count_nonzero(row))
-        name = _FULL if entries == columns else min(entries, _MORE)
-        if _COUNTS <= entries < columns:
-            name = _MORE
-        symbol, number = np.array([name], np.int32), np.array([entries], np.uint64)
-    (name,) = histogram.code(coder, symbol, 1).tolist()
-    if name == _FULL:
-        return columns
-    if name == _MORE:
-        (entries,) = whole_numbers(coder, number, 1, columns.bit_length()).tolist()
-        return min(entries, columns)
-    return min(name, columns)
-
-
-def _one_by_one(
-    coder: Coder, row: np.ndarray | None, count: int, weights: np.ndarray
+def _flags(
+    coder: Coder, flags: np.ndarray | None, guess: np.ndarray, neighbours: tuple[int, ...]
 ) -> np.ndarray:
-    """The entries of a row from left to right, each by the chance that it is the next."""
-    result = np.zeros(len(weights), bool)
-    places = None if row is None else np.flatnonzero(row)
-    after = np.cumsum(weights[::-1])[::-1]
-    start = 0
-    for place in range(count):
-        left = count - place
-        stop = len(weights) - left + 1  # room for the others
-        if stop - start > 1:
-            chance = np.minimum(left * weights[start:stop] / after[start:stop], 1 - 2.0**-20)
-            none_before = np.cumprod(np.concatenate([[1.0], 1 - chance[:-1]]))
-            choice = None if places is None else places[place : place + 1] - start
-            (ahead,) = coder.code(
-                choice, 1, model.Categorical(chance * none_before, perfect=False)
-            ).tolist()
-            start += ahead
-        result[start] = True
-        start += 1
+    """Codes booleans by what was guessed of each, and by how many of its neighbours are true."""
+    count = len(guess)
+    result = np.zeros(count, np.int64)
+    seen = np.ones((3, len(neighbours) + 1, 2))
+    for block in blocks(count, min(neighbours, default=count)):
+        near = sum_before(result, block, neighbours)
+        kind = guess[block], near
+        chance = seen[kind][:, 1] / seen[kind].sum(1)
+        result[block] = bits(coder, None if flags is None else flags[block], chance)
+        np.add.at(seen, (*kind, result[block]), 2)
+    return result.astype(bool)
+
+
+def _cells(coder: Coder, mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Codes booleans by the share of true ones before, in their column and in all."""
+    rows, columns = shape
+    if min(rows, columns) <= 1:  # every row and every column has an entry
+        return np.ones(shape, bool)
+    result, seen = np.zeros(shape, bool), np.zeros(columns)
+    for block in blocks(rows, _BLOCK // columns, 0):
+        at, part = block.start, result[block]
+        share = (seen.sum() + columns / 8) / (at * columns + columns)
+        chance = np.tile((seen + _TRUST * share) / (at + _TRUST), len(part))
+        given = None if mask is None else mask[block].reshape(-1)
+        part[:] = bits(coder, given, chance).reshape(part.shape)
+        seen += part.sum(0)
     return result
 
 
-def _at_once(coder: Coder, row: np.ndarray | None, count: int, weights: np.ndarray) -> np.ndarray:
-    """All columns of a row, each by its own chance of an entry."""
-    chance = np.clip(count * weights / weights.sum(), 2.0**-16, 1 - 2.0**-16)
-    symbols = None if row is None else row.astype(np.int32)
-    return coder.code(symbols, len(weights), model.Bernoulli(perfect=False), chance).astype(bool)
+def blocks(count: int, largest: int, singly: int = _SINGLY) -> Iterator[slice]:
+    """Parts of a whole, no larger than this one, that grow with what came before."""
+    at = 0
+    while at < count:
+        size = 1 if at < singly else max(1, min(at // 8, largest))
+        yield slice(at, min(at + size, count))
+        at += size
+
+
+def sum_before(values: np.ndarray, block: slice, distances: tuple[int, ...]) -> np.ndarray:
+    """The sum of what is so far before the entries of a block; nothing is before the first."""
+    result = np.zeros_like(values[block])
+    for distance in distances:
+        missing = min(max(0, distance - block.start), len(result))
+        result[missing:] += values[block.start + missing - distance : block.stop - distance]
+    return result
+
+
+def bits(coder: Coder, flags: np.ndarray | None, chance: np.ndarray) -> np.ndarray:
+    """Codes booleans by the chance that each is true; int32."""
+    chance = np.clip(chance, 2.0**-16, 1 - 2.0**-16)
+    symbols = None if flags is None else flags.astype(np.int32)
+    return coder.code(symbols, len(chance), model.Bernoulli(perfect=False), chance)

@@ -35,7 +35,20 @@ _DTYPES = [
 _DICT, _LIST, _TUPLE, _ARRAY = range(4)
 _EXACT, _QUANTISED = range(2)
 _DEEPEST = 64
+
+# Where bits= looks for the tolerance, and in how many steps.
+_TOLERANCES = 2.0**-12, 8.0
+_BISECTIONS = 14
+
 _LARGEST_HEADER = 2**24
+
+# What headers often hold, for deflate to refer to.
+_PHRASES = (
+    b'\x03var\x04mean\x05scale\x09embedding\x06params\x0bbatch_stats\x0bLayerNorm_0\x0bBatchNorm_0'
+    b'\x06Conv_1\x00\x02\x04bias\x03\x00\x01\x07Dense_1\x00\x02\x06kernel\x03\x00\x04\x03\x03\x04bias'
+    b'\x00\x04\x06Conv_0\x00\x02\x04bias\x03\x00\x01\x06kernel\x03\x00\x04\x05\x05'
+    b'\x00\x03\x07Dense_0\x00\x02\x04bias\x03\x00\x01\x06kernel\x03\x00\x02'
+)
 
 
 class SvdFormatError(ValueError):
@@ -43,11 +56,16 @@ class SvdFormatError(ValueError):
 
 
 class _Leaf(NamedTuple):
-    """An array in a file; ``step``: of its levels, None where it is exact."""
+    """An array in a file; ``code``: of the step of its levels, None where it is exact."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    step: float | None
+    code: int | None
+
+    @property
+    def step(self) -> float | None:
+        """What its values are multiples of."""
+        return None if self.code is None else quantise.step(self.code)
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +77,7 @@ def save(
     params: PyTree,
     *,
     tolerance: float | None = None,
+    bits: float | None = None,
     threshold: float = 3.0,
 ) -> int:
     """Writes a tree of arrays to a ``.svd`` file.
@@ -70,6 +89,8 @@ def save(
       tolerance: None: every bit is kept. A number: weights are rounded, by errors of about so many
         of their own posterior standard deviations, and a bias beside them more finely; takes a
         variational tree. 0.1 is hardly felt, 0.5 is.
+      bits: None, or what the file may take for each weight that is kept, in bits: the smallest
+        tolerance that does it is found.
       threshold: as for :func:`svd_jax.sparsify`.
 
     Returns:
@@ -77,7 +98,8 @@ def save(
 
     Raises:
       ValueError: the tree holds what is no array, or an array of a type that the format does not
-        know; ``tolerance`` is not above 0, or there is no posterior to measure it by.
+        know; ``tolerance`` is not above 0, or there is no posterior to measure it by; both
+        ``tolerance`` and ``bits`` are given, or no tolerance makes so few bits.
 
     Example:
       >>> import os, tempfile
@@ -91,24 +113,53 @@ def save(
       >>> bool(np.all(svd.load(path)['Dense_0']['kernel'] == kernel))
       True
     """
+    if tolerance is not None and bits is not None:
+        raise ValueError('tolerance and bits are two ways to say the same: pass one of them')
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f'tolerance must be above 0, got {tolerance}')
     variational = any(weight.log_sigma2 is not None for weight in tree.weights(params))
-    if tolerance is not None and not variational:
+    if not variational and (tolerance is not None or bits is not None):
         raise ValueError(
-            'tolerance needs the posterior: pass the variational tree, before svd.sparsify'
+            'tolerance and bits need the posterior: pass the variational tree, before svd.sparsify'
         )
     sparse = tree.sparsify(params, threshold) if variational else params
-    steps = {} if tolerance is None else dict(_steps(params, sparse, tolerance))
+    if bits is not None:
+        data = _encode_in(params, sparse, bits)
+    else:
+        data = _encode(sparse, {} if tolerance is None else dict(_steps(params, sparse, tolerance)))
+    _replace(Path(path), data)
+    return len(data)
+
+
+def _encode(sparse: PyTree, steps: Mapping[str, Any]) -> bytes:
+    """The file; with step and levels of those arrays that are quantised."""
     header, writer = bytearray(), Writer()
     # The order of the leaves in the header is that of their contents.
     for leaf, array, levels in _describe(sparse, steps, header):
         _code(writer, leaf, array, levels)
     packed = _deflate(bytes(header))
     data = MAGIC + bytes([VERSION]) + _number(len(packed)) + packed + writer.finish()
-    data += zlib.crc32(data).to_bytes(4, 'little')
-    _replace(Path(path), data)
-    return len(data)
+    return data + zlib.crc32(data).to_bytes(4, 'little')
+
+
+def _encode_in(params: PyTree, sparse: PyTree, bits: float) -> bytes:
+    """The file of the smallest tolerance that takes no more bits a weight, found by bisection."""
+    kept = sum(int(np.count_nonzero(weight.values)) for weight in tree.weights(sparse))
+    low, high = _TOLERANCES
+    best = None
+    for _ in range(_BISECTIONS):
+        tolerance = math.sqrt(low * high)
+        data = _encode(sparse, dict(_steps(params, sparse, tolerance)))
+        if 8 * len(data) <= bits * kept:
+            best, high = data, tolerance
+        else:
+            low = tolerance
+    if best is None:
+        raise ValueError(
+            f'no tolerance makes so few bits as {bits} a weight: ask for more than '
+            f'{8 * len(data) / max(kept, 1):.2f}'
+        )
+    return best
 
 
 def load(path: str | os.PathLike[str], *, max_bytes: int = 2**32) -> PyTree:
@@ -126,10 +177,10 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 2**32) -> PyTree:
       SvdFormatError: it is not such a file, damaged, of a later version, or larger than allowed.
       OSError: it cannot be read.
     """
-    name, data = os.fspath(path), Path(path).read_bytes()
+    name = os.fspath(path)
     try:
-        return _decode(data, max_bytes)
-    except (SvdFormatError, KeyboardInterrupt, SystemExit, MemoryError) as error:
+        return _decode(Path(path).read_bytes(), max_bytes)
+    except (SvdFormatError, OSError, KeyboardInterrupt, SystemExit, MemoryError) as error:
         if isinstance(error, SvdFormatError):
             raise SvdFormatError(f'{name}: {error}') from error
         raise
@@ -140,11 +191,11 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 2**32) -> PyTree:
 def _decode(data: bytes, max_bytes: int) -> PyTree:
     if data[: len(MAGIC)] != MAGIC:
         raise SvdFormatError('not an .svd file')
-    if len(data) < 9 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], 'little'):
+    if len(data) < 9 or zlib.crc32(memoryview(data)[:-4]) != int.from_bytes(data[-4:], 'little'):
         raise SvdFormatError('damaged or cut off: its checksum does not match')
     if data[3] != VERSION:
         raise SvdFormatError(f'of format {data[3]}, this version reads {VERSION}: upgrade svd_jax')
-    outer = _Bytes(data[4:-4])
+    outer = _Bytes(memoryview(data)[4:-4])
     header = _Bytes(_inflate(outer.take(outer.number())))
     skeleton = _skeleton(header, 0)
     if header.rest():
@@ -155,14 +206,13 @@ def _decode(data: bytes, max_bytes: int) -> PyTree:
         raise SvdFormatError(
             f'its arrays take {needed:,} bytes: pass max_bytes= to allow more than {max_bytes:,}'
         )
-    words = outer.rest()
-    if len(words) % 4:
-        raise SvdFormatError('damaged: its contents are not whole words')
-    reader = Reader(words)
+    reader = Reader(outer.rest())
+    del data, outer  # the reader has a copy
+    contents = {id(leaf): _code(reader, leaf, None, None) for leaf in leaves}
 
     def filled(node: Any) -> Any:
         if isinstance(node, _Leaf):
-            return _code(reader, node, None, None)
+            return contents.pop(id(node))
         if isinstance(node, dict):
             return {key: filled(child) for key, child in node.items()}
         return type(node)(map(filled, node))
@@ -195,11 +245,11 @@ def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[s
         used = sigma[values != 0]
         if not used.size:
             continue
-        step = float(np.float32(quantise.step_size(used, tolerance)))
-        yield weight.path, (step, quantise.levels(values, sigma, step, tolerance))
+        code = quantise.step_code(quantise.step_size(used, tolerance))
+        yield weight.path, (code, quantise.levels(values, sigma, quantise.step(code), tolerance))
         bias = f'{weight.path.rpartition("/")[0]}/bias'.removeprefix('/')
         if bias in siblings:
-            yield bias, quantise.bias_levels(np.asarray(siblings[bias]), step)
+            yield bias, quantise.bias_levels(np.asarray(siblings[bias]), quantise.step(code))
 
 
 def _flat(node: Any, path: str = '') -> dict[str, Any]:
@@ -248,7 +298,7 @@ def _describe(
             header += _number(size)
         header += bytes([_EXACT if step is None else _QUANTISED])
         if step is not None:
-            header += np.array(step, '<f4').tobytes()
+            header.append(step)
         yield _Leaf(array.shape, array.dtype, step), array, levels
 
 
@@ -261,7 +311,7 @@ def _skeleton(header: '_Bytes', depth: int) -> Any:
         result = {}
         for _ in range(header.count()):
             try:
-                key = header.take(header.number()).decode()
+                key = bytes(header.take(header.number())).decode()
             except UnicodeDecodeError as error:
                 raise SvdFormatError('damaged: a name is not UTF-8') from error
             if key in result:
@@ -283,9 +333,9 @@ def _skeleton(header: '_Bytes', depth: int) -> Any:
     if max(shape, default=0) >= 2**40:
         raise SvdFormatError(f'damaged: an array of shape {shape}')
     if coding == _QUANTISED:
-        (step,) = np.frombuffer(header.take(4), '<f4').tolist()
-        if not 0 < step < math.inf or _DTYPES[number].kind not in 'fV':
-            raise SvdFormatError('damaged: levels without a step')
+        step = header.byte()
+        if _DTYPES[number].kind not in 'fV':
+            raise SvdFormatError(f'damaged: levels of {_DTYPES[number]}')
     elif coding != _EXACT:
         raise SvdFormatError(f'damaged: no coding has number {coding}')
     return _Leaf(shape, _DTYPES[number], step)
@@ -302,16 +352,16 @@ def _leaves(node: Any) -> Iterator[_Leaf]:
 class _Bytes:
     """Bytes that are read one after the other, and never beyond their end."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         self._data, self._at = data, 0
 
-    def take(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes | memoryview:
         if count > len(self._data) - self._at:
             raise SvdFormatError('damaged: it ends too early')
         self._at += count
         return self._data[self._at - count : self._at]
 
-    def rest(self) -> bytes:
+    def rest(self) -> bytes | memoryview:
         return self.take(len(self._data) - self._at)
 
     def byte(self) -> int:
@@ -346,12 +396,12 @@ def _number(value: int) -> bytes:
 
 
 def _deflate(data: bytes) -> bytes:
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=_PHRASES)
     return compressor.compress(data) + compressor.flush()
 
 
-def _inflate(data: bytes) -> bytes:
-    decompressor = zlib.decompressobj(-15)
+def _inflate(data: bytes | memoryview) -> bytes:
+    decompressor = zlib.decompressobj(-15, zdict=_PHRASES)
     result = decompressor.decompress(data, _LARGEST_HEADER)
     if not decompressor.eof or decompressor.unused_data:
         raise SvdFormatError('damaged: its header does not end where it should')

@@ -3,6 +3,7 @@
 All of it is found from the files alone, without knowing the models.
 """
 
+import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -323,6 +324,7 @@ def _arrays(node: Any, path: str = '') -> Iterator[tuple[str, np.ndarray]]:
 
 def _stored(path: str, array: np.ndarray, leaf: file._Leaf, meter: _Meter) -> Stored:
     before, positions = meter.bits(), _Meter()
+    positions.units = copy.deepcopy(meter.units)
     file._code(meter, leaf, None, None)
     if array.dtype.kind not in 'biu':  # whole numbers are coded without positions
         shape = arrays.matrix_shape(array.shape)
@@ -331,7 +333,7 @@ def _stored(path: str, array: np.ndarray, leaf: file._Leaf, meter: _Meter) -> St
         path, array.shape, array.dtype.name, leaf.step,
         (int(np.count_nonzero(array)), array.size),
         _alive(array, -2), _alive(array, -1),
-        positions.bits(), meter.bits() - before - positions.bits(),
+        positions.bits(), max(0.0, meter.bits() - before - positions.bits()),
     )  # fmt: skip
 
 

@@ -11,14 +11,18 @@ import math
 
 import numpy as np
 
-_ROUNDS = 4
+_ROUNDS = 6
+_LARGEST = 64  # sizes of levels that are told apart
 
 # Errors are taken to be so many times as large when a level is chosen by its price: cheap levels
 # make weights smaller, all of them at once, and such errors add up where random ones cancel.
-_CAUTION = 3
+_CAUTION = 2.2
+
+# The smallest step is 2^-40.
+_SMALLEST = 40
 
 # Biases were trained without noise, and are rounded by a smaller part of the weights' step.
-_BIAS_PART = 0.3
+_BIAS_PART = 0.5
 
 
 def step_size(sigma: np.ndarray, tolerance: float) -> float:
@@ -34,6 +38,18 @@ def step_size(sigma: np.ndarray, tolerance: float) -> float:
     return float(tolerance * math.sqrt(12 / np.mean(1 / np.square(sigma.astype(np.float64)))))
 
 
+def step_code(size: float) -> int:
+    """The number of the step next to a size: four steps double it."""
+    exponent = math.floor(math.log2(size))
+    code = 4 * (exponent + _SMALLEST) + round(4 * (size / 2.0**exponent - 1))
+    return min(max(code, 0), 255)
+
+
+def step(code: int) -> float:
+    """The step of a number from 0 to 255: ``(4 + code % 4) * 2^(code // 4 - 42)``."""
+    return (4 + code % 4) * 2.0 ** (code // 4 - _SMALLEST - 2)
+
+
 def levels(weights: np.ndarray, sigma: np.ndarray, step: float, tolerance: float) -> np.ndarray:
     """Which multiple of the step every weight becomes.
 
@@ -46,33 +62,43 @@ def levels(weights: np.ndarray, sigma: np.ndarray, step: float, tolerance: float
     Returns:
       Whole numbers, int64, of the weights' shape.
     """
-    kept = weights != 0
-    exact = weights[kept].astype(np.float64) / step
-    price = np.square(_CAUTION * step / (tolerance * sigma[kept].astype(np.float64))) / 2
+    matrix = weights.reshape(-1, weights.shape[-1] if weights.ndim else 1)
+    kept = np.nonzero(matrix)
+    exact = matrix[kept].astype(np.float64) / step
+    spread = sigma.reshape(matrix.shape)[kept].astype(np.float64)
+    price = np.square(_CAUTION * step / (tolerance * spread)) / 2
     nearest = np.rint(exact)
     nearest = np.where(nearest == 0, np.copysign(1, exact), nearest)
     choices = np.stack([nearest, nearest - np.sign(nearest), np.zeros_like(nearest)])
     errors = price * np.square(exact - choices)
-    chosen = nearest
+    result = np.zeros(matrix.shape, np.int64)
+    result[kept] = nearest
     for _ in range(_ROUNDS):
-        nats = _code_length(chosen, weights.size, choices)
-        chosen = choices[np.argmin(errors + nats, 0), np.arange(exact.size)]
-    result = np.zeros(weights.shape, np.int64)
-    result[kept] = chosen.astype(np.int64)
-    return result
+        nats = _code_length(result, kept, choices)
+        result[kept] = choices[np.argmin(errors + nats, 0), np.arange(exact.size)]
+    return result.reshape(weights.shape)
 
 
-def bias_levels(bias: np.ndarray, step: float) -> tuple[float, np.ndarray]:
-    """The step of a layer's bias, given that of its weights, and its levels."""
-    step = float(np.float32(_BIAS_PART * step))
-    return step, np.rint(bias.astype(np.float64) / step).astype(np.int64)
+def bias_levels(bias: np.ndarray, step_of_weights: float) -> tuple[int, np.ndarray]:
+    """The number of the step of a layer's bias, given that of its weights, and its levels."""
+    code = step_code(_BIAS_PART * step_of_weights)
+    return code, np.rint(bias.astype(np.float64) / step(code)).astype(np.int64)
 
 
-def _code_length(chosen: np.ndarray, total: int, choices: np.ndarray) -> np.ndarray:
-    """Nats that every choice would take, by how often each level was chosen so far."""
-    sizes = np.minimum(np.abs(chosen), 64).astype(np.int64)
-    counts = np.bincount(sizes, minlength=65) + 0.1
-    counts[0] += total - chosen.size
-    nats = math.log(counts.sum()) - np.log(counts)
-    nats[1:] += math.log(2)  # the sign
-    return nats[np.minimum(np.abs(choices), 64).astype(np.int64)]
+def _code_length(
+    levels: np.ndarray, kept: tuple[np.ndarray, ...], choices: np.ndarray
+) -> np.ndarray:
+    """Nats that every choice would take, given all levels so far."""
+    sizes = np.minimum(np.abs(choices), _LARGEST).astype(np.int64)
+    used_sizes = np.minimum(np.abs(levels[kept]), _LARGEST)
+    counts = np.bincount(used_sizes, minlength=_LARGEST + 1) + 0.1
+    nats = math.log(counts[1:].sum()) - np.log(counts[sizes]) + math.log(2)  # the sign
+    # That it is there: among the cells of used rows and columns, or as the only one of its own.
+    cells, used = 1, int(np.count_nonzero(levels))
+    for axis, at in enumerate(kept):
+        entries = np.count_nonzero(levels, 1 - axis)
+        alive = max(int(np.count_nonzero(entries)), 1)
+        nats += (entries[at] <= 1) * math.log(len(entries) / alive)
+        cells *= alive
+    nats += math.log(max(cells - used, 1) / max(used, 1))
+    return np.where(sizes == 0, 0, nats)

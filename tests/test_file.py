@@ -16,7 +16,7 @@ import pytest
 from hypothesis.extra import numpy as npst
 
 import svd_jax as svd
-from svd_jax import entropy, file
+from svd_jax import arrays, entropy, file, quantise
 
 DTYPES = [
     np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_,
@@ -89,7 +89,9 @@ def test_random_positions_take_little_more_than_their_entropy(density: float) ->
     entropy.positions(writer, mask, mask.shape)
     data = writer.finish()
     bound = entropy_bytes(mask.mean(), mask.size)
-    assert 0.97 * bound < len(data) < 1.06 * bound + 16
+    # Which rows and columns have any is told first, which pays only where there is structure.
+    slack = 1.06 if density > 0.001 else 1.3
+    assert 0.97 * bound < len(data) < slack * bound + 16
     assert np.array_equal(entropy.positions(entropy.Reader(data), None, mask.shape), mask)
 
 
@@ -102,6 +104,55 @@ def test_dead_rows_and_columns_cost_next_to_nothing() -> None:
         entropy.positions(writer, mask, mask.shape)
         size[rows] = len(writer.finish())
     assert size[400] < 1.4 * size[40]
+
+
+def position_bytes(masks: list[np.ndarray]) -> list[int]:
+    """So many are there after each of the masks, which are of one network."""
+    writer, sizes = entropy.Writer(), []
+    for mask in masks:
+        entropy.positions(writer, mask, mask.shape)
+        sizes.append(len(writer.finish()))
+    reader = entropy.Reader(writer.finish())
+    for mask in masks:
+        assert np.array_equal(entropy.positions(reader, None, mask.shape), mask)
+    return sizes
+
+
+@pytest.mark.parametrize('positions', [1, 16])
+def test_units_of_one_layer_tell_which_inputs_of_the_next_are_read(positions: int) -> None:
+    rng = np.random.default_rng(0)
+    alive = rng.random(300) < 0.3
+    first = (rng.random((100, 300)) < 0.3) & alive
+    second = (rng.random((300 * positions, 40)) < 0.3) & np.tile(alive, positions)[:, None]
+    other = (rng.random((301, 300)) < 0.3) & alive  # of no size that fits
+    together = position_bytes([first, second])
+    apart = position_bytes([other[:100], second[rng.permutation(len(second))]])
+    # Their entropy by itself, less what they take when it is known.
+    saved = entropy_bytes(0.3, len(second))
+    assert together[1] - together[0] < apart[1] - apart[0] - 0.8 * saved
+
+
+def test_a_bias_that_is_zero_for_dead_units_says_it_only_once() -> None:
+    rng = np.random.default_rng(0)
+    alive = rng.random(300) < 0.3
+    kernel = (rng.random((100, 300)) < 0.3) & alive
+    for masks in ([kernel, alive[None]], [alive[None], kernel]):
+        both = position_bytes(masks)
+        assert both[1] < position_bytes([kernel])[0] + 8
+
+
+def test_neighbouring_pixels_with_the_same_signs_cost_less() -> None:
+    rng, size = np.random.default_rng(0), {}
+    smooth = np.add.outer(np.arange(28) < 14, np.arange(28) < 14)[..., None] % 2 * np.ones(20)
+    for name, signs in (('smooth', 2 * smooth - 1), ('rough', rng.choice([-1, 1], (28, 28, 20)))):
+        writer = entropy.Writer()
+        levels = signs.astype(np.int64).reshape(784, 20)
+        arrays.quantised(writer, levels, levels.shape)
+        data = writer.finish()
+        assert np.array_equal(arrays.quantised(entropy.Reader(data), None, levels.shape), levels)
+        size[name] = len(data)
+    assert size['rough'] > 784 * 20 / 8
+    assert size['smooth'] < 0.2 * size['rough']
 
 
 def test_a_sparse_network_makes_a_small_file_that_plain_flax_runs(tmp_path: Path) -> None:
@@ -149,11 +200,33 @@ def test_larger_tolerances_make_smaller_files_and_larger_errors(tmp_path: Path) 
     assert errors == sorted(errors)
 
 
+@pytest.mark.parametrize('bits', [7.0, 10.0, 16.0])
+def test_a_file_takes_as_many_bits_a_weight_as_it_may(tmp_path: Path, bits: float) -> None:
+    params, path = variational(), tmp_path / 'a.svd'
+    kept = np.count_nonzero(svd.sparsify(params)['layer']['kernel'])
+    size = svd.save(path, params, bits=bits)
+    assert size == path.stat().st_size
+    assert 0.9 * bits < 8 * size / kept <= bits
+
+
+@hypothesis.given(st.floats(2.0**-40, 2.0**22))
+def test_steps_in_a_byte_are_near_any_size(size: float) -> None:
+    code = quantise.step_code(size)
+    assert 0 <= code <= 255
+    assert abs(quantise.step(code) / size - 1) <= 1 / 8
+
+
+def test_every_step_has_its_number() -> None:
+    assert [quantise.step_code(quantise.step(code)) for code in range(256)] == list(range(256))
+
+
 @pytest.mark.parametrize(
     ('params', 'options', 'message'),
     [
         ({'kernel': np.ones((2, 2))}, {'tolerance': 0.1}, 'before svd.sparsify'),
         (variational(), {'tolerance': 0.0}, 'tolerance must be above 0, got 0.0'),
+        (variational(), {'bits': 0.1}, 'ask for more than'),
+        (variational(), {'bits': 8, 'tolerance': 0.1}, 'pass one of them'),
         ({'a': {'b': 3}}, {}, 'a/b is a int: the format holds arrays alone'),
         ({'a': np.array(['x'])}, {}, 'a has type <U1: convert it'),
         ({3: np.ones(2)}, {}, '3 is no string'),
@@ -265,10 +338,9 @@ def described(header: bytes, contents: bytes = b'') -> bytes:
         (described(bytes([0, 2, 1, 97, 3, 0, 0, 0, 1, 97, 3, 0, 0, 0])), 'stands twice'),
         (described(bytes([3, 99, 0, 0])), 'no type has number 99'),
         (described(bytes([9])), 'no node is of kind 9'),
-        (described(bytes([3, 0, 0, 1, 0, 0, 128, 127])), 'levels without a step'),
+        (described(bytes([3, 5, 0, 1, 9])), 'levels of int8'),
         (described(bytes([3, 0, 0, 0]) + bytes(2**25)), 'header'),
         (described(bytes([3, 0, 0, 0, 7])), 'header is longer'),
-        (described(bytes([3, 0, 1, 4, 0]), b'abc'), 'whole words'),
     ],
 )  # fmt: skip
 def test_files_made_by_hand_are_refused(data: bytes, message: str) -> None:
