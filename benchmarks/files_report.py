@@ -52,7 +52,7 @@ class Shown(NamedTuple):
     rows: Sequence[tuple[str, ...]]
 
     def table(self) -> Table:
-        table = Table(title=self.title, title_justify='left', box=box.SIMPLE)
+        table = Table(title=self.title, title_justify='left', box=box.SIMPLE, pad_edge=False)
         for i, heading in enumerate(self.headings):
             lines = heading.replace(' ', '\n')
             table.add_column(lines, justify='right' if i else 'left', no_wrap=True)
