@@ -165,6 +165,9 @@ def _transpose(typing: Any, work: Any, to: Any, lanes: Any, x: Any, at: Any, fea
 @njit(nogil=True)
 def _read(work: Any, lanes: int, x: Any, features: int, begin: int, count: int) -> None:
     """Makes rows of ``count`` examples: feature 0 is row 1, and so on."""
+    if lanes == 1:
+        work[1 : 1 + features] = x[begin * features : (begin + 1) * features]
+        return
     whole_features = features // WIDTH * WIDTH
     whole = count // WIDTH * WIDTH if lanes >= WIDTH else 0
     for b in range(0, whole, WIDTH):
@@ -259,17 +262,23 @@ def _sums(
 
 
 @njit(nogil=True)
-def _scatter(work: Any, op: Any, whole: Any, floats: Any) -> None:
-    """A product for one example, input by input: no short loop whose end is mispredicted."""
-    to, channels, biases = op[1], op[2], floats[op[6] :]
-    units, columns, weights = whole[op[14] :], whole[op[15] :], floats[op[16] :]
-    lower = biases[channels]
-    for channel in range(channels):
-        work[to + channel] = biases[channel]
-    for k in range(whole[op[3] + channels]):
-        work[to + units[k]] += weights[k] * work[columns[k]]
-    for channel in range(channels):
-        work[to + channel] = _of_two(MAX, work[to + channel], lower)
+def _single(work: Any, op: Any, whole: Any, floats: Any) -> None:
+    """A product for one example.
+
+    Channels of few entries first: loops of one length after the other, so their ends are predicted.
+    """
+    channels, biases, order = op[2], floats[op[6] :], whole[op[14] :]
+    pointers, columns, weights = order[channels:], whole[op[15] :], floats[op[16] :]
+    results, lower = work[op[1] :], biases[channels]
+    first = np.uintp(0)
+    for place in range(channels):
+        # Unsigned, for then no index is asked whether it counts from the end.
+        channel, last = np.uintp(order[place]), np.uintp(pointers[place + 1])
+        total = biases[channel]
+        for k in range(first, last):
+            total += weights[k] * work[np.uintp(columns[k])]
+        results[channel] = _of_two(MAX, total, lower)
+        first = last
 
 
 @njit(nogil=True)
@@ -279,7 +288,7 @@ def _linear(work: Any, lanes: int, scratch: int, op: Any, whole: Any, floats: An
     A channel at a time, a row of windows at a time: it is pooled while it is in the cache.
     """
     if lanes == 1 and op[7] * op[8] * op[9] == 1:
-        _scatter(work, op, whole, floats)
+        _single(work, op, whole, floats)
         return
     to, channels, pointers, columns = op[1], op[2], whole[op[3] :], whole[op[4] :]
     weights, biases = floats[op[5] :], floats[op[6] :]

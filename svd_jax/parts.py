@@ -221,7 +221,7 @@ class Network:
             filled = list(leaves)
             for place in places:
                 filled[place] = y
-            return jax.tree.unflatten(tree, filled)
+            return tree.unflatten(filled)
 
         return returned
 

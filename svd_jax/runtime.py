@@ -28,6 +28,8 @@ from svd_jax.sparse import NotCoveredError, Plan
 _CACHE = 1 << 19
 # Below this many multiply-adds a thread, a second one costs more than it saves.
 _WORTH_A_THREAD = 2_000_000
+# Work spaces that a thread keeps, each for another number of examples.
+_SPACES = 4
 # A measurement: rounds, and seconds of a turn.
 _ROUNDS, _SECONDS = 7, 0.004
 
@@ -100,40 +102,54 @@ class Report(NamedTuple):
         return '\n'.join([*lines, f'whole: {self.us:.1f} us, by XLA {self.dense_us:.1f} us'])
 
 
+class _Local(threading.local):
+    """Work space of each thread: for a number of examples, those in a block, and the rows."""
+
+    def __init__(self) -> None:
+        self.spaces: dict[int, tuple[int, np.ndarray]] = {}
+
+
 class _Sparse:
     """A part on rows: (batch, ...) to (batch, ...), NumPy arrays."""
 
     def __init__(self, plan: Plan, features: tuple[int, ...]) -> None:
         self._run, self._plan, self._features = kernels.compiled(), plan, features
+        self._width = math.prod(features)
         self._tables = (*plan[:4], plan.rows)
-        self._local = threading.local()
+        self._local = _Local()
 
     def __call__(self, x: Any) -> np.ndarray:
+        # For few examples, what is written here takes as long as the kernel: hence so little.
         x = np.ascontiguousarray(x, np.float32)
         if not x.flags.aligned:
             x = x.copy()
-        batch, features = x.shape[0], math.prod(x.shape[1:])
-        out = np.empty((batch, *self._features), np.float32)
-        numbers, flat = x.reshape(-1), out.reshape(batch, math.prod(self._features))
-        threads = min(_cores(), batch * self._plan.multiply_adds // _WORTH_A_THREAD)
-        if threads < 2:
-            self._examples(numbers, features, flat, 0, batch)
-            return out
-        cuts = [batch * thread // threads for thread in range(threads + 1)]
-        halves = [
-            _threads().submit(self._examples, numbers, features, flat, first, last)
-            for first, last in itertools.pairwise(cuts)
-        ]
-        for half in halves:
-            half.result()
-        return out
+        batch, flat = len(x), x.ravel()
+        out = np.empty((batch, self._width), np.float32)
+        threads = batch * self._plan.multiply_adds // _WORTH_A_THREAD
+        if threads > 1:
+            threads = min(threads, _cores())
+            cuts = [batch * thread // threads for thread in range(threads + 1)]
+            halves = [
+                _threads().submit(self._examples, flat, out, first, last)
+                for first, last in itertools.pairwise(cuts)
+            ]
+            for half in halves:
+                half.result()
+        elif batch:
+            self._examples(flat, out, 0, batch)
+        return out if len(self._features) == 1 else out.reshape(batch, *self._features)
 
-    def _examples(
-        self, x: np.ndarray, features: int, out: np.ndarray, first: int, last: int
-    ) -> None:
-        lanes = self._lanes(last - first)
-        work = self._work(lanes)
-        self._run(x, features, out, work, lanes, first, last, *self._tables)
+    def _examples(self, x: np.ndarray, out: np.ndarray, first: int, last: int) -> None:
+        # Work space is kept, for new pages cost more than what is computed on them.
+        spaces = self._local.spaces
+        if last - first not in spaces:
+            lanes = self._lanes(last - first)
+            size = (self._plan.rows + self._plan.room) * lanes + 2 * kernels.WIDTH
+            if len(spaces) == _SPACES:
+                spaces.clear()
+            spaces[last - first] = lanes, np.zeros(size, np.float32)
+        lanes, work = spaces[last - first]
+        self._run(x, x.size // len(out), out, work, lanes, first, last, *self._tables)
 
     def _lanes(self, batch: int) -> int:
         """Examples in a block: whole vectors, as many as the cache holds, blocks of one size."""
@@ -144,14 +160,6 @@ class _Sparse:
         vectors = -(-batch // width)
         blocks = -(-vectors // fit)
         return -(-vectors // blocks) * width
-
-    def _work(self, lanes: int) -> np.ndarray:
-        # Kept, for pages that are new cost more than what is computed; by every thread for itself.
-        works: dict[int, np.ndarray] = self._local.__dict__.setdefault('works', {})
-        if lanes not in works:
-            size = (self._plan.rows + self._plan.room) * lanes + 2 * kernels.WIDTH
-            works[lanes] = np.zeros(size, np.float32)
-        return works[lanes]
 
 
 @functools.cache
@@ -188,11 +196,12 @@ class Compiled:
         Raises:
           ValueError: they are of another shape.
         """
-        if self._features is not None:
-            shapes = [np.shape(x) for x in inputs]
-            if len(shapes) != 1 or shapes[0][1:] != self._features or not shapes[0]:
-                features = ', '.join(map(str, self._features))
-                raise ValueError(f'pass one array of shape (batch, {features}), not {shapes}')
+        if self._features is not None and (
+            len(inputs) != 1 or np.shape(inputs[0])[1:] != self._features
+        ):
+            features = ', '.join(map(str, self._features))
+            shapes = list(map(np.shape, inputs))
+            raise ValueError(f'pass one array of shape (batch, {features}), not {shapes}')
         return self._run(*inputs)
 
 
@@ -294,6 +303,9 @@ def _chain(network: Network, kinds: Sequence[str]) -> Callable[[Any], Any]:
         else:
             runs.append(_Sparse(network.plan(parts), network.features(parts)))
     returned = network.output()
+    if len(runs) == 1:
+        (only,) = runs
+        return lambda x: returned(only(x))
 
     def run(x: Any) -> Any:
         for part_run in runs:

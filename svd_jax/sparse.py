@@ -581,7 +581,9 @@ class _Tables:
             ]  # fmt: skip
         o = operation
         pointers = np.searchsorted(o.units, np.arange(o.channels + 1))
-        by_input = np.argsort(o.columns, kind='stable')
+        counts = np.diff(pointers)
+        order = np.argsort(counts, kind='stable')
+        by_count = np.argsort(np.argsort(order)[o.units], kind='stable')
         down, across = o.positions
         # Neighbours that are read from neighbouring rows are one run; others are pieces.
         pieces, run = (1, across) if o.steps[1] == 1 else (across, 1)
@@ -590,6 +592,6 @@ class _Tables:
             whole.add(pointers), whole.add(o.columns), floats.add(o.weights),
             floats.add(o.bias, [o.lower]),
             down, pieces, run, *o.steps, *o.window,
-            whole.add(o.units[by_input]), whole.add(o.columns[by_input]),
-            floats.add(o.weights[by_input]),
+            whole.add(order, [0], np.cumsum(counts[order])), whole.add(o.columns[by_count]),
+            floats.add(o.weights[by_count]),
         ]  # fmt: skip
