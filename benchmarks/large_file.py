@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import svd_jax as svd
-from benchmarks.worker import _resident_bytes
+from benchmarks.worker import resident_bytes
 
 _BLOCKS = (3, 4, 6, 3)
 
@@ -97,14 +97,14 @@ def _save(path: Path, zeros: float) -> dict[str, Any]:
 
 
 def _load(path: Path, zeros: float) -> dict[str, Any]:
-    before = _resident_bytes('VmRSS')
+    before = resident_bytes('VmRSS')
     Path('/proc/self/clear_refs').write_text('5')  # the peak starts here
     seconds, cpu_seconds = time.perf_counter(), time.process_time()
     loaded = svd.load(path)
     found = {
         'load_seconds': time.perf_counter() - seconds,
         'load_cpu_seconds': time.process_time() - cpu_seconds,
-        'load_peak_bytes': _resident_bytes('VmHWM') - before,
+        'load_peak_bytes': resident_bytes('VmHWM') - before,
     }
     for name, layer in random_tree(resnet50_shapes(), zeros).items():
         for leaf, array in layer.items():

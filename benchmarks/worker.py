@@ -17,7 +17,7 @@ import psutil
 from benchmarks.workloads import WORKLOADS, Variant
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
     """``VmRSS``, what the process holds, or ``VmHWM``, the most that it held."""
     for line in Path('/proc/self/status').read_text().splitlines():
         if line.startswith(field):
@@ -36,7 +36,7 @@ def _serve(workload: str, variant: Variant) -> None:
         from benchmarks import ours as framework
     else:
         from benchmarks import peers as framework  # type: ignore[no-redef]
-    imported = _resident_bytes('VmRSS')
+    imported = resident_bytes('VmRSS')
     steps, flops = framework.build(workload, variant)
     quantum = WORKLOADS[workload].dispatch if variant.mode == 'scan' else 1
     started = time.perf_counter()
@@ -60,7 +60,7 @@ def _serve(workload: str, variant: Variant) -> None:
             {
                 'step_seconds': step_seconds,
                 'others_share': (_others_seconds() - others) / seconds,
-                'peak_bytes': _resident_bytes('VmHWM') - imported if peak is None else peak,
+                'peak_bytes': resident_bytes('VmHWM') - imported if peak is None else peak,
             }
         )
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 
-from svd_jax import backend
+from svd_jax import backend, table
 from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
 from svd_jax.rules import RULES, Fixed, Units, Use, View, everything
 from svd_jax.tree import LOG_SIGMA2
@@ -72,13 +72,11 @@ class Report(NamedTuple):
             changes = layer.inputs, layer.units, layer.multiply_adds
             rows.append((layer.path, *map(_change, changes)))
         rows.append(('total', '', '', _change(self.multiply_adds)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        ]
-        lines.append(f'numbers in the tree: {_change(self.weights)}')
-        return '\n'.join([*lines, *(f'left: {line}' for line in self.left)])
+        return '\n'.join([
+            *table.aligned(rows),
+            f'numbers in the tree: {_change(self.weights)}',
+            *(f'left: {line}' for line in self.left),
+        ])  # fmt: skip
 
 
 def _change(numbers: tuple[int, int]) -> str:

@@ -8,7 +8,7 @@ docs/export.md shows how such files are run.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from flax import serialization
 from jax import export, lax
 from jax.errors import InconclusiveDimensionOperation
 
-from svd_jax import backend, file
-from svd_jax.program import Constant, Operand, Program, bind, trace
+from svd_jax import backend, tree
+from svd_jax.program import Equation, Program, bind, operand_of, run_equations, trace
 
 Function = Callable[..., Any]
 PyTree = Any
@@ -138,12 +138,12 @@ def export_arrays(params: PyTree, path: str | os.PathLike[str]) -> None:
       >>> import numpy as np
       >>> import svd_jax as svd
       >>> path = os.path.join(tempfile.mkdtemp(), 'network.npz')
-      >>> svd.export.export_arrays({'Dense_0': {'kernel': np.ones((3, 2))}}, path)
+      >>> svd.export_arrays({'Dense_0': {'kernel': np.ones((3, 2))}}, path)
       >>> np.load(path)['Dense_0/kernel'].shape
       (3, 2)
     """
     path = Path(path)
-    arrays = {name: np.asarray(array) for name, array in file._flat(params).items()}
+    arrays = {name: np.asarray(array) for name, array in tree.leaves(params)}
     if path.suffix == '.npz':
         known = {name: _known_to_numpy(array) for name, array in arrays.items()}
         np.savez(path, **known)  # type: ignore[arg-type]  # they are no flags
@@ -186,21 +186,17 @@ def _replay(program: Program) -> Callable[..., list[Any]]:
     """
 
     def run(*inputs: Any) -> list[Any]:
-        values = program.constants | dict(zip(program.inputs, inputs, strict=True))
-
-        def value(operand: Operand) -> Any:
-            return operand.value if isinstance(operand, Constant) else values[operand]
-
-        for equation in program.equations:
-            operands = list(map(value, equation.inputs))
-            if equation.primitive.name == 'reduce_window_max' and _over_space(equation.params):
-                results = [_max_pool(*operands, **equation.params)]
-            else:
-                results = bind(equation, operands, equation.params)
-            values.update(zip(equation.outputs, results, strict=True))
-        return list(map(value, program.outputs))
+        known = program.constants | dict(zip(program.inputs, inputs, strict=True))
+        run_equations(program.equations, known, _bind)
+        return [operand_of(output, known) for output in program.outputs]
 
     return run
+
+
+def _bind(equation: Equation, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    if equation.primitive.name == 'reduce_window_max' and _over_space(params):
+        return [_max_pool(*operands, **params)]
+    return bind(equation, operands, params)
 
 
 def _over_space(params: dict[str, Any]) -> bool:

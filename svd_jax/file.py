@@ -41,6 +41,7 @@ _TOLERANCES = 2.0**-12, 8.0
 _BISECTIONS = 14
 
 _LARGEST_HEADER = 2**24
+_MOST_BYTES = 2**32  # that arrays take in memory, unless one says otherwise
 
 # What headers often hold, for deflate to refer to.
 _PHRASES = (
@@ -55,7 +56,7 @@ class SvdFormatError(ValueError):
     """A file is not a ``.svd`` file, damaged, or of a later version."""
 
 
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """An array in a file; ``code``: of the step of its levels, None where it is exact."""
 
     shape: tuple[int, ...]
@@ -136,7 +137,7 @@ def _encode(sparse: PyTree, steps: Mapping[str, Any]) -> bytes:
     header, writer = bytearray(), Writer()
     # The order of the leaves in the header is that of their contents.
     for leaf, array, levels in _describe(sparse, steps, header):
-        _code(writer, leaf, array, levels)
+        code_array(writer, leaf, array, levels)
     packed = _deflate(bytes(header))
     data = MAGIC + bytes([VERSION]) + _number(len(packed)) + packed + writer.finish()
     return data + zlib.crc32(data).to_bytes(4, 'little')
@@ -162,7 +163,7 @@ def _encode_in(params: PyTree, sparse: PyTree, bits: float) -> bytes:
     return best
 
 
-def load(path: str | os.PathLike[str], *, max_bytes: int = 2**32) -> PyTree:
+def load(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> PyTree:
     """Reads a tree of arrays from a ``.svd`` file.
 
     Args:
@@ -188,7 +189,26 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 2**32) -> PyTree:
         raise SvdFormatError(f'{name} is damaged ({error})') from error
 
 
-def _decode(data: bytes, max_bytes: int) -> PyTree:
+class Opened(NamedTuple):
+    """A file whose checksum and header are sound.
+
+    Attributes:
+      skeleton: the tree, with descriptions of its arrays.
+      header_bytes: what that takes in the file.
+      contents: the arrays, coded.
+    """
+
+    skeleton: Any
+    header_bytes: int
+    contents: memoryview
+
+
+def opened(data: bytes, max_bytes: int = _MOST_BYTES) -> Opened:
+    """Checks a file before any array is made.
+
+    Raises:
+      SvdFormatError: see :func:`load`.
+    """
     if data[: len(MAGIC)] != MAGIC:
         raise SvdFormatError('not an .svd file')
     if len(data) < 9 or zlib.crc32(memoryview(data)[:-4]) != int.from_bytes(data[-4:], 'little'):
@@ -196,23 +216,27 @@ def _decode(data: bytes, max_bytes: int) -> PyTree:
     if data[3] != VERSION:
         raise SvdFormatError(f'of format {data[3]}, this version reads {VERSION}: upgrade svd_jax')
     outer = _Bytes(memoryview(data)[4:-4])
-    header = _Bytes(_inflate(outer.take(outer.number())))
+    packed = outer.take(outer.number())
+    header = _Bytes(_inflate(packed))
     skeleton = _skeleton(header, 0)
     if header.rest():
         raise SvdFormatError('damaged: its header is longer than what it describes')
-    leaves = list(_leaves(skeleton))
-    needed = sum(leaf.nbytes for leaf in leaves)
+    needed = sum(leaf.nbytes for leaf in leaves(skeleton))
     if needed > max_bytes:
         raise SvdFormatError(
             f'its arrays take {needed:,} bytes: pass max_bytes= to allow more than {max_bytes:,}'
         )
-    reader = Reader(outer.rest())
-    del data, outer  # the reader has a copy
-    contents = {id(leaf): _code(reader, leaf, None, None) for leaf in leaves}
+    return Opened(skeleton, len(packed), memoryview(outer.rest()))
+
+
+def _decode(data: bytes, max_bytes: int) -> PyTree:
+    skeleton, _, contents = opened(data, max_bytes)
+    reader = Reader(contents)
+    del data, contents  # the reader has a copy
 
     def filled(node: Any) -> Any:
-        if isinstance(node, _Leaf):
-            return contents.pop(id(node))
+        if isinstance(node, Leaf):
+            return code_array(reader, node, None, None)
         if isinstance(node, dict):
             return {key: filled(child) for key, child in node.items()}
         return type(node)(map(filled, node))
@@ -220,8 +244,8 @@ def _decode(data: bytes, max_bytes: int) -> PyTree:
     return filled(skeleton)
 
 
-def _code(
-    coder: Coder, leaf: _Leaf, array: np.ndarray | None, levels: np.ndarray | None
+def code_array(
+    coder: Coder, leaf: Leaf, array: np.ndarray | None, levels: np.ndarray | None
 ) -> np.ndarray:
     """Writes or reads an array."""
     if leaf.step is None:
@@ -236,7 +260,7 @@ def _code(
 def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[str, Any]]:
     """Step and levels of every array that is quantised, by path."""
     kept = {weight.path: np.asarray(weight.values) for weight in tree.weights(sparse)}
-    siblings = _flat(sparse)
+    siblings = dict(tree.leaves(sparse))
     for weight in tree.weights(params):
         if weight.log_sigma2 is None:
             continue
@@ -252,24 +276,12 @@ def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[s
             yield bias, quantise.bias_levels(np.asarray(siblings[bias]), quantise.step(code))
 
 
-def _flat(node: Any, path: str = '') -> dict[str, Any]:
-    """The arrays of a tree by path, as :func:`svd_jax.tree.weights` names them."""
-    items = (
-        node.items() if isinstance(node, Mapping)
-        else enumerate(node) if isinstance(node, (list, tuple))
-        else None
-    )  # fmt: skip
-    if items is None:
-        return {path.removesuffix('/'): node}
-    return {k: v for name, child in items for k, v in _flat(child, f'{path}{name}/').items()}
-
-
 # The header.
 
 
 def _describe(
     node: Any, steps: Mapping[str, Any], header: bytearray, path: str = ''
-) -> Iterator[tuple[_Leaf, np.ndarray, np.ndarray | None]]:
+) -> Iterator[tuple[Leaf, np.ndarray, np.ndarray | None]]:
     """Appends the description of a tree to the header, and gives its arrays in order."""
     if isinstance(node, Mapping):
         header += bytes([_DICT]) + _number(len(node))
@@ -299,11 +311,11 @@ def _describe(
         header += bytes([_EXACT if step is None else _QUANTISED])
         if step is not None:
             header.append(step)
-        yield _Leaf(array.shape, array.dtype, step), array, levels
+        yield Leaf(array.shape, array.dtype, step), array, levels
 
 
 def _skeleton(header: '_Bytes', depth: int) -> Any:
-    """A tree of :class:`_Leaf`."""
+    """A tree of :class:`Leaf`."""
     if depth > _DEEPEST:
         raise SvdFormatError(f'nested deeper than {_DEEPEST}')
     kind = header.byte()
@@ -338,15 +350,15 @@ def _skeleton(header: '_Bytes', depth: int) -> Any:
             raise SvdFormatError(f'damaged: levels of {_DTYPES[number]}')
     elif coding != _EXACT:
         raise SvdFormatError(f'damaged: no coding has number {coding}')
-    return _Leaf(shape, _DTYPES[number], step)
+    return Leaf(shape, _DTYPES[number], step)
 
 
-def _leaves(node: Any) -> Iterator[_Leaf]:
-    if isinstance(node, _Leaf):
+def leaves(node: Any) -> Iterator[Leaf]:
+    if isinstance(node, Leaf):
         yield node
     else:
         for child in node.values() if isinstance(node, dict) else node:
-            yield from _leaves(child)
+            yield from leaves(child)
 
 
 class _Bytes:

@@ -6,13 +6,13 @@ All of it is found from the files alone, without knowing the models.
 import copy
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from svd_jax import arrays, entropy, file
+from svd_jax import arrays, entropy, file, table, tree
 
 PathLike = str | os.PathLike[str]
 Counted = tuple[int, int]  # so many of so many
@@ -271,7 +271,7 @@ def verify(path: PathLike) -> Verified:
       >>> svd.verify(path)[1:]
       (1, 3)
     """
-    sizes = [array.size for _, array in _arrays(file.load(path))]
+    sizes = [array.size for _, array in tree.leaves(file.load(path))]
     return Verified(Path(path).stat().st_size, len(sizes), sum(sizes))
 
 
@@ -295,17 +295,16 @@ class _Meter(entropy.Writer):
 
 def _inspect(path: PathLike) -> tuple[Inspection, dict[str, np.ndarray]]:
     """And the arrays by path."""
-    found = list(_arrays(file.load(path)))
+    found = list(tree.leaves(file.load(path)))  # or an error that names the file
     data = Path(path).read_bytes()
-    outer = file._Bytes(data[4:-4])
-    header = outer.take(outer.number())
-    leaves = file._leaves(file._skeleton(file._Bytes(file._inflate(header)), 0))
-    meter = _Meter(entropy.Reader(outer.rest()))
+    opened = file.opened(data)
+    meter = _Meter(entropy.Reader(opened.contents))
     layers = tuple(
-        _stored(name, array, leaf, meter) for (name, array), leaf in zip(found, leaves, strict=True)
+        _stored(name, array, leaf, meter)
+        for (name, array), leaf in zip(found, file.leaves(opened.skeleton), strict=True)
     )
     sections = {
-        'header': float(len(header)),
+        'header': float(opened.header_bytes),
         'positions': sum(layer.position_bits for layer in layers) / 8,
         'values': sum(layer.value_bits for layer in layers) / 8,
     }
@@ -313,19 +312,10 @@ def _inspect(path: PathLike) -> tuple[Inspection, dict[str, np.ndarray]]:
     return Inspection(layers, sections, sum(array.nbytes for _, array in found)), dict(found)
 
 
-def _arrays(node: Any, path: str = '') -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a tree and their paths, in the order of the file."""
-    if isinstance(node, np.ndarray):
-        yield path.removesuffix('/'), node
-        return
-    for name, child in node.items() if isinstance(node, dict) else enumerate(node):
-        yield from _arrays(child, f'{path}{name}/')
-
-
-def _stored(path: str, array: np.ndarray, leaf: file._Leaf, meter: _Meter) -> Stored:
+def _stored(path: str, array: np.ndarray, leaf: file.Leaf, meter: _Meter) -> Stored:
     before, positions = meter.bits(), _Meter()
     positions.units = copy.deepcopy(meter.units)
-    file._code(meter, leaf, None, None)
+    file.code_array(meter, leaf, None, None)
     if array.dtype.kind not in 'biu':  # whole numbers are coded without positions
         shape = arrays.matrix_shape(array.shape)
         entropy.positions(positions, (_bits(array) != 0).reshape(shape), shape)
@@ -385,13 +375,6 @@ def _counted(count: Counted | None) -> str:
 
 def _table(rows: Sequence[tuple[str, ...]], last: tuple[str, ...], left: int) -> str:
     """Columns, the first so many flush left; a rule below the first row and above the last."""
-    widths = [max(map(len, column)) for column in zip(*rows, last, strict=True)]
-    first, *lines, end = (
-        '  '.join(
-            cell.ljust(width) if at < left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (*rows, last)
-    )
-    rule = '-' * (sum(widths) + 2 * len(widths) - 2)
+    first, *lines, end = table.aligned([*rows, last], left)
+    rule = '-' * max(map(len, (first, *lines, end)))
     return '\n'.join([first, rule, *lines, rule, end])

@@ -12,7 +12,7 @@ import numpy as np
 
 from svd_jax import sparse
 from svd_jax.compaction import Compact
-from svd_jax.program import Constant, Equation, Program, bind, trace
+from svd_jax.program import Constant, Equation, Program, run_equations, trace
 
 _PRODUCTS = ('dot_general', 'conv_general_dilated')
 
@@ -242,7 +242,5 @@ def _fixed_shapes(program: Program, target: int) -> list[Any]:
 
 
 def _evaluated(equations: Iterable[Equation], known: dict[int, Any]) -> dict[int, Any]:
-    for equation in equations:
-        operands = [i.value if isinstance(i, Constant) else known[i] for i in equation.inputs]
-        known.update(zip(equation.outputs, bind(equation, operands, equation.params), strict=True))
+    run_equations(equations, known)
     return known

@@ -6,7 +6,7 @@ The numbers depend on the function, not on the sizes of its arguments: a program
 another batch size has the same ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,17 +120,34 @@ def bind(equation: Equation, operands: Sequence[Any], params: dict[str, Any]) ->
     return list(results) if equation.primitive.multiple_results else [results]
 
 
+def operand_of(operand: Operand, known: dict[int, Any]) -> Any:
+    """The value of an operand."""
+    return operand.value if isinstance(operand, Constant) else known[operand]
+
+
+def run_equations(
+    equations: Iterable[Equation], known: dict[int, Any], bind: Callable[..., list[Any]] = bind
+) -> None:
+    """Adds what equations make to the values known by number.
+
+    Args:
+      equations: in order.
+      known: what they read, or an equation before them makes.
+      bind: as :func:`bind`: how an equation runs.
+    """
+    for equation in equations:
+        operands = [operand_of(operand, known) for operand in equation.inputs]
+        results = bind(equation, operands, equation.params)
+        known.update(zip(equation.outputs, results, strict=True))
+
+
 def evaluate(program: Program, *arguments: Any) -> dict[int, Any]:
     """Every value of a program, by number."""
 
     @jax.jit
     def values(*arguments: Any) -> dict[int, Any]:
         known = dict(zip(program.inputs, arguments, strict=True)) | program.constants
-        for equation in program.equations:
-            operands = [i.value if isinstance(i, Constant) else known[i] for i in equation.inputs]
-            known.update(
-                zip(equation.outputs, bind(equation, operands, equation.params), strict=True)
-            )
+        run_equations(program.equations, known)
         return known
 
     return values(*arguments)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from svd_jax import kernels
+from svd_jax import kernels, table
 from svd_jax.compaction import Compact
 from svd_jax.parts import Network
 from svd_jax.sparse import NotCoveredError, Plan
@@ -92,12 +92,7 @@ class Report(NamedTuple):
             counts = (f'{count:,}' for count in layer.multiply_adds)
             sparse = '-' if layer.sparse_us is None else f'{layer.sparse_us:.1f}'
             rows.append((layer.path, layer.kernel, *counts, f'{layer.dense_us:.1f}', sparse))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            '  '.join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])])
-            for row in rows
-        ]
-        lines = lines if self.layers else [f'runs as it is: {self.left}']
+        lines = table.aligned(rows, 2) if self.layers else [f'runs as it is: {self.left}']
         lines += [f'{a.path}: not sparse: {a.left}' for a in self.layers if a.left]
         return '\n'.join([*lines, f'whole: {self.us:.1f} us, by XLA {self.dense_us:.1f} us'])
 

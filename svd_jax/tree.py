@@ -43,6 +43,15 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     return []
 
 
+def leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+    """What is in nested mappings, lists and tuples, in order, each with its path."""
+    if isinstance(node, (Mapping, list, tuple)):
+        for name, child in _children(node):
+            yield from leaves(child, f'{path}{name}/')
+    else:
+        yield path.removesuffix('/'), node
+
+
 def _rebuild(node: Any, children: dict[str, Any]) -> Any:
     """A container of the type of ``node``."""
     if isinstance(node, Mapping):

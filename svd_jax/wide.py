@@ -59,11 +59,6 @@ def _patches(x: jax.Array, height: int, width: int, padding: Padding) -> jax.Arr
     return jnp.concatenate(windows, -1).reshape(x.shape[0] * h * w, -1)
 
 
-def _powers(patches: jax.Array, count: int) -> Arrays:
-    """What the kernels multiply: the patches for the mean, their squares for the variance."""
-    return (patches, patches * patches)[:count]
-
-
 def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
     """Outputs of x with the first kernel, and of its squares with the second if there is one."""
     height, width, channels, features = kernels[0].shape
@@ -75,7 +70,7 @@ def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
     size = blocks.size(batch, h * w * height * width * channels * x.dtype.itemsize)
 
     def outputs(x: jax.Array) -> Arrays:
-        powers = _powers(_patches(x, height, width, padding), len(kernels))
+        powers = winograd.powers(_patches(x, height, width, padding), len(kernels))
         return tuple(
             (power @ matrix).reshape(-1, h, w, features)
             for power, matrix in zip(powers, matrices, strict=True)
@@ -92,7 +87,7 @@ def _of_kernels(x: jax.Array, gradients: Arrays, like: Arrays, padding: Padding)
     exact = jnp.promote_types(x.dtype, jnp.float32)  # what sums over blocks are kept in
 
     def products(x: jax.Array, *gradients: jax.Array) -> Arrays:
-        powers = _powers(_patches(x, height, width, padding), len(gradients))
+        powers = winograd.powers(_patches(x, height, width, padding), len(gradients))
         return tuple(
             jnp.matmul(power.T, gradient.reshape(-1, features), preferred_element_type=exact)
             for power, gradient in zip(powers, gradients, strict=True)

@@ -151,7 +151,7 @@ def _interleaved(grid: Grid) -> jax.Array:
 # The convolution.
 
 
-def _powers(x: jax.Array, count: int) -> Arrays:
+def powers(x: jax.Array, count: int) -> Arrays:
     """What the kernels multiply: the inputs for the mean, their squares for the variance."""
     return (x, x * x)[:count]
 
@@ -163,7 +163,7 @@ def _outputs(x: jax.Array, kernels: list[Grid], tiling: _Tiling) -> Arrays:
         products = _products(_both_axes(_of_inputs, tiling.inputs(power)), kernel)
         return tiling.outputs_of(_both_axes(_to_outputs, products))
 
-    return tuple(map(output, _powers(x, len(kernels)), kernels))
+    return tuple(map(output, powers(x, len(kernels)), kernels))
 
 
 def _in_blocks(tiling: _Tiling, kernel: jax.Array, x: jax.Array) -> int:
@@ -195,7 +195,7 @@ def _pull_back(
     def of_block(x: jax.Array, *given: jax.Array) -> tuple[jax.Array, list[Grid]]:
         of_powers, of_kernels = [], []
         for power, kernel, gradient in zip(
-            _powers(x, len(kernels)), transformed, gradients_of(*given), strict=True
+            powers(x, len(kernels)), transformed, gradients_of(*given), strict=True
         ):
             of_products = _both_axes(_to_outputs_transposed, tiling.outputs_transposed(gradient))
             inputs = _both_axes(_of_inputs, tiling.inputs(power))

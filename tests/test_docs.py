@@ -30,7 +30,21 @@ def test_examples_in_docstrings(name: str) -> None:
     [
         *(
             f'svd_jax.{name}'
-            for name in ('backend', 'compaction', 'math', 'tree', 'train', 'linen', 'noise')
+            for name in (
+                'backend',
+                'compaction',
+                'export',
+                'file',
+                'inspection',
+                'linen',
+                'math',
+                'noise',
+                'pretrained',
+                'runtime',
+                'table',
+                'train',
+                'tree',
+            )
         ),
         'experiments.augment',
         'experiments.stream',

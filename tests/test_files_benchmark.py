@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -21,6 +20,7 @@ from experiments.checkpoint import Checkpoints
 from experiments.errors import UsageError
 from experiments.training import Training
 from run_folders import summary_of
+from test_pretrained import PLAIN
 
 
 def sparse_tree(seed: int = 0) -> dict:
@@ -113,20 +113,12 @@ def test_what_is_chosen_is_within_the_margins(measured):
 
 
 def test_evaluation_is_that_of_plain_flax():
-    class Plain(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = x.reshape(x.shape[0], -1)
-            x = nn.relu(nn.Dense(300)(x))
-            x = nn.relu(nn.Dense(100)(x))
-            return nn.Dense(10)(x)
-
     rng = np.random.default_rng(0)
     images = rng.standard_normal((1500, 28, 28, 1)).astype(np.float32)
     labels = rng.integers(0, 10, 1500)
-    params = Plain().init(jax.random.key(0), images[:1])['params']
+    params = PLAIN['lenet300'].init(jax.random.key(0), images[:1])['params']
     error, loss = files.evaluate('lenet300', params, images, labels)
-    logits = np.asarray(Plain().apply({'params': params}, images), np.float64)
+    logits = np.asarray(PLAIN['lenet300'].apply({'params': params}, images), np.float64)
     assert error == pytest.approx(100 * np.mean(logits.argmax(1) != labels), abs=0.1)
     chosen = np.take_along_axis(logits, labels[:, None], 1)[:, 0]
     assert loss == pytest.approx(np.mean(np.log(np.exp(logits).sum(1)) - chosen), rel=1e-4)
