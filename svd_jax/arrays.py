@@ -57,11 +57,13 @@ def exact(
     entries = None if bits is None else bits[mask]
     heads = tails = None
     if entries is not None:
-        heads = (entries >> words.type(low)).astype(np.int32)
-        tails = (entries & words.type((1 << low) - 1)).astype(np.uint64)
+        heads, tails = entries >> words.type(low), entries & words.type((1 << low) - 1)
     heads = entropy.adaptive(coder, heads, count, np.ones(1 << high, np.int64))
     tails = entropy.whole_numbers(coder, tails, count, low)
-    result[mask] = (heads.astype(words) << words.type(low)) | tails.astype(words)
+    entries = heads.astype(words)
+    entries <<= words.type(low)
+    entries |= tails
+    result[mask] = entries
     return result.view(dtype).reshape(shape)
 
 
@@ -73,8 +75,10 @@ def _bytes(
     if array is not None:
         symbols = np.frombuffer(array.astype(dtype.newbyteorder('<')).tobytes(), np.uint8)
     symbols = entropy.adaptive(coder, symbols, count, np.ones(256, np.int64))
-    little = np.frombuffer(symbols.astype(np.uint8).tobytes(), dtype.newbyteorder('<'))
-    return little.astype(dtype).reshape(shape)
+    if dtype.kind == 'b' and symbols.max(initial=0) > 1:
+        raise ValueError('a boolean is neither 0 nor 1')
+    little = symbols.view(dtype.newbyteorder('<'))
+    return little.astype(dtype, copy=False).reshape(shape)
 
 
 def _positions(coder: Coder, mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -84,7 +88,9 @@ def _positions(coder: Coder, mask: np.ndarray | None, shape: tuple[int, ...]) ->
     return entropy.positions(coder, mask, rows_columns).reshape(-1)
 
 
-def quantised(coder: Coder, levels: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+def quantised(
+    coder: Coder, levels: np.ndarray | None, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes whole numbers, most of them small.
 
     Args:
@@ -93,28 +99,31 @@ def quantised(coder: Coder, levels: np.ndarray | None, shape: tuple[int, ...]) -
       shape: of the array.
 
     Returns:
-      The numbers, int64.
+      Where they are not zero, booleans of the shape; and the numbers there, int64, (count,).
     """
     mask = _positions(coder, None if levels is None else levels != 0, shape)
     count = int(np.count_nonzero(mask))
     sizes = None if levels is None else np.abs(levels.reshape(-1)[mask]) - 1
-    sizes = _magnitudes(coder, sizes, count)
+    entries = _magnitudes(coder, sizes, count) + 1
     negative = None if levels is None else levels.reshape(-1) < 0
-    result = _signs(coder, negative, mask, shape)
-    result[mask] *= sizes + 1
-    return result.reshape(shape)
+    entries *= _signs(coder, negative, mask, shape)[mask]
+    return mask.reshape(shape), entries
 
 
 def _signs(
     coder: Coder, negative: np.ndarray | None, mask: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Codes the signs of the entries, by those of neighbouring rows in the same column; flat."""
+    """Codes the signs of the entries, by those of neighbouring rows in the same column; flat.
+
+    Returns:
+      1, -1, or 0 where there is no entry, int8.
+    """
     if len(shape) < 2:  # the entries of a vector are coded one after the other
         shape = (*shape, 1)
     rows, columns = matrix_shape(shape)
     neighbours = coder.units.neighbours(rows) if columns > 1 else ()
     mask = mask.reshape(rows, columns)
-    result = np.zeros((rows, columns), np.int64)
+    result = np.zeros((rows, columns), np.int8)
     seen = np.ones((3, 2))  # by the neighbours' sign: so many positive, so many negative
     for block in entropy.blocks(rows, min(neighbours, default=rows)):
         inside = mask[block]
@@ -123,7 +132,7 @@ def _signs(
         near = np.sign(entropy.sum_before(result, block, neighbours))[inside]
         chance = seen[near, 1] / seen[near].sum(1)
         flags = None if negative is None else negative.reshape(rows, columns)[block][inside]
-        symbols = entropy.bits(coder, flags, chance).astype(np.int64)
+        symbols = entropy.bits(coder, flags, chance)
         np.add.at(seen, (near, symbols), 2)
         result[block][inside] = 1 - 2 * symbols
     return result.reshape(-1)
@@ -139,7 +148,7 @@ def _magnitudes(coder: Coder, sizes: np.ndarray | None, count: int) -> np.ndarra
     prior = np.maximum(1, 32 >> np.minimum(np.arange(kinds) // 2, 5))
     symbols = entropy.adaptive(coder, symbols, count, prior)
     result = symbols.astype(np.int64)
-    for symbol in range(_OWN, kinds):
+    for symbol in range(_OWN, int(symbols.max(initial=0)) + 1):
         of_length = symbols == symbol
         low = symbol - _OWN + _OWN_BITS  # bits below the first, which is 1
         rest = None if sizes is None else (sizes[of_length] - (1 << low)).astype(np.uint64)

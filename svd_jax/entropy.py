@@ -23,8 +23,22 @@ _TRUST = 48
 _SINGLY = 4096
 _BLOCK = 2**16
 
+# No boolean is thought to be rarer.
+_RAREST = 2.0**-16
+_BOOLEAN = model.Bernoulli(perfect=False)
+
 # Whole numbers are coded in pieces of so many bits.
 _PIECE_BITS = 16
+
+# How many symbols are in memory at once, beside what they tell.
+_PART = 2**18
+
+# Symbols that are certain take next to no room, so without a limit a small file could be hours of
+# work. A call of the coder takes as long as so many symbols; so many are free, a few seconds of
+# work; then every byte pays for so many.
+_CALL = 2**9
+_FREE = 2**26
+_OF_A_BYTE = 2**12
 
 
 class Units:
@@ -74,8 +88,9 @@ class Units:
 
     def _guess(self, alive: np.ndarray | None, count: int) -> np.ndarray:
         if alive is None:
-            return np.full(count, self._UNKNOWN)
-        return np.resize(np.where(alive, self._ALIVE, self._DEAD), count)
+            return np.full(count, self._UNKNOWN, np.int8)
+        kinds = np.where(alive, np.int8(self._ALIVE), np.int8(self._DEAD))
+        return np.resize(kinds, count)
 
 
 class Coder(Protocol):
@@ -107,25 +122,35 @@ class Writer:
     def __init__(self) -> None:
         self.units = Units()
         self._encoder = constriction.stream.queue.RangeEncoder()
+        self._work = 0
 
     def code(self, symbols: np.ndarray | None, count: int, model: Any, *each: Any) -> np.ndarray:
         assert symbols is not None
         symbols = np.ascontiguousarray(symbols, np.int32)
         if count:
             self._encoder.encode(symbols, model, *each)
+            self._work += count + _CALL
         return symbols
 
     def finish(self) -> bytes:
-        """What was written; zeros at the end of the last word go without saying."""
+        """What was written; zeros at the end of the last word go without saying.
+
+        Unless they pay for the work: see :class:`Reader`.
+        """
         data = self._encoder.get_compressed().astype('<u4').tobytes()
-        return data[:-4] + data[-4:].rstrip(b'\0')
+        data = data[:-4] + data[-4:].rstrip(b'\0')
+        return data.ljust(-(-max(0, self._work - _FREE) // _OF_A_BYTE), b'\0')
 
 
 class Reader:
-    """Reads what a :class:`Writer` wrote."""
+    """Reads what a :class:`Writer` wrote.
+
+    It raises ValueError once that takes more work than so many bytes may ask for.
+    """
 
     def __init__(self, data: bytes | memoryview) -> None:
         self.units = Units()
+        self._work = _FREE + _OF_A_BYTE * len(data)
         words = np.zeros(-(-len(data) // 4), '<u4')
         words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
         self._decoder = constriction.stream.queue.RangeDecoder(words.astype(np.uint32, copy=False))
@@ -133,6 +158,9 @@ class Reader:
     def code(self, symbols: np.ndarray | None, count: int, model: Any, *each: Any) -> np.ndarray:
         if not count:
             return np.zeros(0, np.int32)
+        self._work -= count + _CALL
+        if self._work < 0:
+            raise ValueError('it declares more than so few bytes hold')
         return self._decoder.decode(model, *(each or (count,)))
 
 
@@ -142,12 +170,14 @@ class _Histogram:
     def __init__(self, prior: np.ndarray) -> None:
         self._counts = prior.astype(np.int64)
 
-    def code(self, coder: Coder, symbols: np.ndarray | None, count: int) -> np.ndarray:
-        """Codes symbols that all have the probabilities learnt so far, then learns from them."""
+    def code(self, coder: Coder, symbols: np.ndarray | None, count: int) -> Iterator[np.ndarray]:
+        """Codes symbols that all have the probabilities learnt so far, and learns from them."""
         frequencies = model.Categorical(self._counts / self._counts.sum(), perfect=False)
-        symbols = coder.code(symbols, count, frequencies)
-        self._counts += 16 * np.bincount(symbols, minlength=len(self._counts))
-        return symbols
+        for part in _parts(slice(0, count)):
+            given = None if symbols is None else symbols[part]
+            coded = coder.code(given, part.stop - part.start, frequencies)
+            self._counts += 16 * np.bincount(coded, minlength=len(self._counts))
+            yield coded
 
 
 def adaptive(coder: Coder, symbols: np.ndarray | None, count: int, prior: np.ndarray) -> np.ndarray:
@@ -161,25 +191,33 @@ def adaptive(coder: Coder, symbols: np.ndarray | None, count: int, prior: np.nda
         16.
 
     Returns:
-      The symbols.
+      The symbols, of the smallest type that holds them.
     """
-    histogram, pieces, at = _Histogram(prior), [], 0
+    histogram, at = _Histogram(prior), 0
+    result = np.zeros(count, np.min_scalar_type(len(prior) - 1))
     while at < count:
         size = min(count - at, 8 + at // 4)
         piece = None if symbols is None else symbols[at : at + size]
-        pieces.append(histogram.code(coder, piece, size))
-        at += size
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        for coded in histogram.code(coder, piece, size):
+            result[at : at + len(coded)] = coded
+            at += len(coded)
+    return result
 
 
 def whole_numbers(coder: Coder, values: np.ndarray | None, count: int, bits: int) -> np.ndarray:
-    """Codes whole numbers below ``2**bits``, all of them equally likely; uint64, (count,)."""
-    result = np.zeros(count, np.uint64)
+    """Codes whole numbers below ``2**bits``, all of them equally likely.
+
+    Returns:
+      The numbers, of the smallest unsigned type that holds them, (count,).
+    """
+    result = np.zeros(count, np.min_scalar_type((1 << bits) - 1))
+    word = result.dtype.type
     for low in range(0, bits, _PIECE_BITS):
         size = 1 << min(_PIECE_BITS, bits - low)
-        piece = None if values is None else (values >> np.uint64(low)) & np.uint64(size - 1)
-        symbols = coder.code(piece, count, model.Uniform(size))
-        result |= symbols.astype(np.uint64) << np.uint64(low)
+        for part in _parts(slice(0, count)):
+            piece = None if values is None else (values[part] >> word(low)) & word(size - 1)
+            symbols = coder.code(piece, part.stop - part.start, model.Uniform(size))
+            result[part] |= symbols.astype(word) << word(low)
     return result
 
 
@@ -207,10 +245,10 @@ def positions(coder: Coder, mask: np.ndarray | None, shape: tuple[int, int]) -> 
         guess, neighbours = coder.units.of_rows(shape[0]), coder.units.neighbours(shape[0])
         rows = _flags(coder, given[0], guess, neighbours)
     coder.units.learn(columns, shape[0])
+    if rows.all() and columns.all():
+        return _cells(coder, mask, shape)
     inside = np.ix_(rows, columns)
     cells = _cells(coder, None if mask is None else mask[inside], (rows.sum(), columns.sum()))
-    if cells.shape == shape:
-        return cells
     result = np.zeros(shape, bool)
     result[inside] = cells
     return result
@@ -220,16 +258,44 @@ def _flags(
     coder: Coder, flags: np.ndarray | None, guess: np.ndarray, neighbours: tuple[int, ...]
 ) -> np.ndarray:
     """Codes booleans by what was guessed of each, and by how many of its neighbours are true."""
-    count = len(guess)
-    result = np.zeros(count, np.int64)
-    seen = np.ones((3, len(neighbours) + 1, 2))
-    for block in blocks(count, min(neighbours, default=count)):
-        near = sum_before(result, block, neighbours)
-        kind = guess[block], near
-        chance = seen[kind][:, 1] / seen[kind].sum(1)
-        result[block] = bits(coder, None if flags is None else flags[block], chance)
-        np.add.at(seen, (*kind, result[block]), 2)
-    return result.astype(bool)
+    count, kinds = len(guess), len(neighbours) + 1
+    result = np.zeros(count, np.int8)
+    seen = np.ones((3 * kinds, 2))
+    _flags_singly(coder, flags, guess, neighbours, result, seen)
+    for block in blocks(count, min(neighbours, default=count), _SINGLY, _SINGLY):
+        chance = seen[:, 1] / seen.sum(1)
+        for part in _parts(block):
+            kind = guess[part] * kinds + sum_before(result, part, neighbours)
+            given = None if flags is None else flags[part]
+            result[part] = bits(coder, given, chance[kind])
+            _count(seen, kind, result[part])
+    return result.view(bool)
+
+
+def _flags_singly(
+    coder: Coder,
+    flags: np.ndarray | None,
+    guess: np.ndarray,
+    neighbours: tuple[int, ...],
+    result: np.ndarray,
+    seen: np.ndarray,
+) -> None:
+    """The first of them, one by one: for that, Python's numbers are faster than arrays."""
+    kinds, counts = len(neighbours) + 1, seen.tolist()
+    told: list[int] = []
+    for at, guessed in enumerate(guess[:_SINGLY].tolist()):
+        kind = guessed * kinds + sum(told[at - d] for d in neighbours if d <= at)
+        chance = min(max(counts[kind][1] / sum(counts[kind]), _RAREST), 1 - _RAREST)
+        given = None if flags is None else flags[at : at + 1]
+        symbol = int(coder.code(given, 1, _BOOLEAN, np.array([chance]))[0])
+        counts[kind][symbol] += 2
+        told.append(symbol)
+    result[: len(told)], seen[:] = told, counts
+
+
+def _count(seen: np.ndarray, kind: np.ndarray, symbols: np.ndarray) -> None:
+    """Learns from booleans of several kinds; seen: (kinds, 2), each counted twice."""
+    seen += 2 * np.bincount(2 * kind + symbols, minlength=seen.size).reshape(seen.shape)
 
 
 def _cells(coder: Coder, mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -239,22 +305,29 @@ def _cells(coder: Coder, mask: np.ndarray | None, shape: tuple[int, ...]) -> np.
         return np.ones(shape, bool)
     result, seen = np.zeros(shape, bool), np.zeros(columns)
     for block in blocks(rows, _BLOCK // columns, 0):
-        at, part = block.start, result[block]
+        at = block.start
         share = (seen.sum() + columns / 8) / (at * columns + columns)
-        chance = np.tile((seen + _TRUST * share) / (at + _TRUST), len(part))
-        given = None if mask is None else mask[block].reshape(-1)
-        part[:] = bits(coder, given, chance).reshape(part.shape)
-        seen += part.sum(0)
+        for part in _parts(slice(0, columns)):  # several only where a block is a single row
+            cells = result[block, part]
+            chance = np.tile((seen[part] + _TRUST * share) / (at + _TRUST), len(cells))
+            given = None if mask is None else mask[block, part].reshape(-1)
+            cells[:] = bits(coder, given, chance).reshape(cells.shape)
+            seen[part] += cells.sum(0)
     return result
 
 
-def blocks(count: int, largest: int, singly: int = _SINGLY) -> Iterator[slice]:
-    """Parts of a whole, no larger than this one, that grow with what came before."""
-    at = 0
+def blocks(count: int, largest: int, singly: int = _SINGLY, at: int = 0) -> Iterator[slice]:
+    """Parts of a whole from here on, no larger than so, that grow with what came before."""
     while at < count:
         size = 1 if at < singly else max(1, min(at // 8, largest))
         yield slice(at, min(at + size, count))
         at += size
+
+
+def _parts(block: slice) -> Iterator[slice]:
+    """A block in parts that take little memory."""
+    for at in range(block.start, block.stop, _PART):
+        yield slice(at, min(at + _PART, block.stop))
 
 
 def sum_before(values: np.ndarray, block: slice, distances: tuple[int, ...]) -> np.ndarray:
@@ -268,6 +341,6 @@ def sum_before(values: np.ndarray, block: slice, distances: tuple[int, ...]) -> 
 
 def bits(coder: Coder, flags: np.ndarray | None, chance: np.ndarray) -> np.ndarray:
     """Codes booleans by the chance that each is true; int32."""
-    chance = np.clip(chance, 2.0**-16, 1 - 2.0**-16)
+    chance = np.clip(chance, _RAREST, 1 - _RAREST)
     symbols = None if flags is None else flags.astype(np.int32)
-    return coder.code(symbols, len(chance), model.Bernoulli(perfect=False), chance)
+    return coder.code(symbols, len(chance), _BOOLEAN, chance)

@@ -149,13 +149,14 @@ def export_arrays(params: PyTree, path: str | os.PathLike[str]) -> None:
         np.savez(path, **known)  # type: ignore[arg-type]  # they are no flags
     elif path.suffix == '.safetensors':
         try:
-            from safetensors.numpy import save_file
+            from safetensors.numpy import save
         except ImportError as error:
             raise ImportError(
                 'export to .safetensors needs a package: pip install safetensors',
                 name='safetensors',
             ) from error
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+        # Not by its save_file, which makes files that only their owner may read.
+        path.write_bytes(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
     elif path.suffix == '.msgpack':
         path.write_bytes(serialization.to_bytes(params))
     else:

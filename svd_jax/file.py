@@ -4,9 +4,11 @@ docs/format.md describes it byte by byte. Nothing in a file is executed, what it
 before it is believed, and it is read without knowing the model.
 """
 
+import contextlib
 import math
 import os
-import tempfile
+import secrets
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,7 +42,7 @@ _DEEPEST = 64
 _TOLERANCES = 2.0**-12, 8.0
 _BISECTIONS = 14
 
-_LARGEST_HEADER = 2**24
+_LARGEST_HEADER = 2**20
 _MOST_BYTES = 2**32  # that arrays take in memory, unless one says otherwise
 
 # What headers often hold, for deflate to refer to.
@@ -99,8 +101,9 @@ def save(
 
     Raises:
       ValueError: the tree holds what is no array, or an array of a type that the format does not
-        know; ``tolerance`` is not above 0, or there is no posterior to measure it by; both
-        ``tolerance`` and ``bits`` are given, or no tolerance makes so few bits.
+        know, or more arrays than a header has room for; ``tolerance`` is not above 0, or there is
+        no posterior to measure it by; both ``tolerance`` and ``bits`` are given, or no tolerance
+        makes so few bits.
 
     Example:
       >>> import os, tempfile
@@ -138,6 +141,11 @@ def _encode(sparse: PyTree, steps: Mapping[str, Any]) -> bytes:
     # The order of the leaves in the header is that of their contents.
     for leaf, array, levels in _describe(sparse, steps, header):
         code_array(writer, leaf, array, levels)
+    if len(header) >= _LARGEST_HEADER:
+        raise ValueError(
+            f'names and shapes take {len(header):,} bytes, a file has room for less than '
+            f'{_LARGEST_HEADER:,}: put more into each array'
+        )
     packed = _deflate(bytes(header))
     data = MAGIC + bytes([VERSION]) + _number(len(packed)) + packed + writer.finish()
     return data + zlib.crc32(data).to_bytes(4, 'little')
@@ -250,8 +258,10 @@ def code_array(
     """Writes or reads an array."""
     if leaf.step is None:
         return arrays.exact(coder, array, leaf.shape, leaf.dtype)
-    found = arrays.quantised(coder, levels, leaf.shape)
-    return (found.astype(np.float32) * np.float32(leaf.step)).astype(leaf.dtype)
+    result = np.zeros(leaf.shape, leaf.dtype)
+    mask, entries = arrays.quantised(coder, levels, leaf.shape)
+    result[mask] = (entries.astype(np.float32) * np.float32(leaf.step)).astype(leaf.dtype)
+    return result
 
 
 # What is kept of a variational tree.
@@ -422,13 +432,16 @@ def _inflate(data: bytes | memoryview) -> bytes:
 
 def _replace(path: Path, data: bytes) -> None:
     """Writes a file all at once: a full disk leaves what was there."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix='.tmp')
+    temporary = path.with_name(f'{path.name}.{secrets.token_hex(8)}.tmp')
     try:
-        with os.fdopen(handle, 'wb') as file:
+        # Not by tempfile, whose files only their owner may read.
+        with temporary.open('xb') as file:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

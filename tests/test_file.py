@@ -1,7 +1,10 @@
 """svd_jax.file: what is saved is what is loaded, small, and nothing else can be loaded."""
 
 import os
+import stat
+import tracemalloc
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +152,9 @@ def test_neighbouring_pixels_with_the_same_signs_cost_less() -> None:
         levels = signs.astype(np.int64).reshape(784, 20)
         arrays.quantised(writer, levels, levels.shape)
         data = writer.finish()
-        assert np.array_equal(arrays.quantised(entropy.Reader(data), None, levels.shape), levels)
+        mask, entries = arrays.quantised(entropy.Reader(data), None, levels.shape)
+        assert np.array_equal(mask, levels != 0)
+        assert np.array_equal(entries, levels[mask])
         size[name] = len(data)
     assert size['rough'] > 784 * 20 / 8
     assert size['smooth'] < 0.2 * size['rough']
@@ -255,19 +260,64 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ['a.svd']
 
 
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures('umask')
+@pytest.mark.skipif(os.name != 'posix', reason='modes of files are of POSIX')
+def test_a_new_file_may_be_read_by_whom_the_umask_lets_and_an_old_one_as_before(
+    tmp_path: Path,
+) -> None:
+    path, opened = tmp_path / 'a.svd', tmp_path / 'opened'
+    svd.save(path, {'a': np.ones(3)})
+    opened.touch()
+    assert mode(path) == mode(opened) == 0o640
+    for kept in (0o600, 0o664, 0o444):
+        path.chmod(kept)
+        svd.save(path, {'a': np.zeros(3)})
+        assert mode(path) == kept
+    assert np.array_equal(svd.load(path)['a'], np.zeros(3))
+
+
+@pytest.mark.usefixtures('umask')
+@pytest.mark.skipif(os.name != 'posix', reason='modes of files are of POSIX')
+@pytest.mark.parametrize('suffix', ['npz', 'safetensors', 'msgpack'])
+def test_so_it_is_with_files_of_plain_arrays(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f'a.{suffix}'
+    svd.export_arrays({'a': np.ones(3)}, path)
+    assert mode(path) == 0o640
+    path.chmod(0o664)
+    svd.export_arrays({'a': np.zeros(3)}, path)
+    assert mode(path) == 0o664
+
+
 # Hostile files.
 
 
-def real_file() -> bytes:
-    rng = np.random.default_rng(0)
-    params = variational()
-    params['more'] = [sparse(rng, (3, 3, 4, 8), 0.2), np.arange(5), np.float16(2.5)]
-    path = Path(os.environ.get('TMPDIR', '/tmp')) / f'svd_jax_{os.getpid()}.svd'
-    try:
-        svd.save(path, params, tolerance=0.1)
-        return path.read_bytes()
-    finally:
-        path.unlink(missing_ok=True)
+@pytest.fixture(scope='module')
+def real_files(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Of every coding and many types; small ones stand twice, as they are quickly read."""
+    path = tmp_path_factory.mktemp('real') / 'a.svd'
+    rng, params = np.random.default_rng(0), variational()
+    several = {
+        'list': [sparse(rng, (3, 3, 4, 8), 0.2), np.arange(5), np.float16(2.5)],
+        'tuple': (np.ones((2, 0), ml_dtypes.bfloat16), np.array([True, False]), rng.normal(size=9)),
+    }
+    found = []
+    for tree, options in ((several, {}), (params | several, {'tolerance': 0.1}), (params, {})):
+        svd.save(path, tree, **options)
+        found.append(path.read_bytes())
+    shipped = Path(svd.__file__).parent / 'pretrained_files'
+    files = [(shipped / name).read_bytes() for name in ('mean_image.svd', 'lenet300.svd')]
+    return 4 * [found[0], files[0]] + 3 * found[1:] + files
 
 
 def sealed(body: bytes) -> bytes:
@@ -279,9 +329,15 @@ def decode(data: bytes) -> Any:
     return file._decode(data, 2**20)
 
 
-def test_any_mutation_or_truncation_is_refused(tmp_path: Path) -> None:
-    data, rng, path = real_file(), np.random.default_rng(0), tmp_path / 'a.svd'
-    for _ in range(int(os.environ.get('SVD_JAX_FUZZ', '300'))):
+def rounds() -> int:
+    """SVD_JAX_FUZZ=100000 takes some minutes."""
+    return int(os.environ.get('SVD_JAX_FUZZ', '300'))
+
+
+def test_any_mutation_or_truncation_is_refused(tmp_path: Path, real_files: list[bytes]) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / 'a.svd'
+    for _ in range(rounds()):
+        data = real_files[rng.integers(len(real_files))]
         damaged = bytearray(data)
         if rng.random() < 0.3:
             damaged = damaged[: rng.integers(len(data))]
@@ -295,25 +351,38 @@ def test_any_mutation_or_truncation_is_refused(tmp_path: Path) -> None:
             svd.load(path)
 
 
-def test_mutations_with_the_right_checksum_load_or_are_refused(tmp_path: Path) -> None:
-    body, rng, path = real_file()[:-4], np.random.default_rng(1), tmp_path / 'a.svd'
-    outcomes = set()
-    for _ in range(int(os.environ.get('SVD_JAX_FUZZ', '300'))):
-        damaged = bytearray(body)
-        kind = rng.random()
-        if kind < 0.2:
-            damaged = damaged[: rng.integers(4, len(body))]
+def resealed(rng: np.random.Generator, data: bytes) -> bytes:
+    """Mutated or cut off, or both, where it often hurts; with a checksum that is right."""
+    damaged, kind = bytearray(data[:-4]), rng.random()
+    if kind < 0.2:
+        damaged = damaged[: rng.integers(4, len(damaged))]
+    if kind < 0.6:
         for _ in range(rng.integers(1, 4)):
             # Often in the header, at the beginning.
-            end = len(damaged) if kind < 0.5 else min(len(damaged), 90)
-            damaged[rng.integers(3, end)] ^= int(rng.integers(1, 256))
-        path.write_bytes(sealed(bytes(damaged)))
+            end = len(damaged) if kind < 0.4 else min(len(damaged), 90)
+            damaged[rng.integers(min(3, end - 1), end)] ^= int(rng.integers(1, 256))
+        return sealed(bytes(damaged))
+    # What the header says, not its compression.
+    start = 5 + (damaged[4] > 127)
+    length = damaged[4] & 127 | (damaged[5] << 7 if start == 6 else 0)
+    header = bytearray(file._inflate(damaged[start : start + length]))
+    for _ in range(rng.integers(1, 3)):
+        header[rng.integers(len(header))] = int(rng.choice([0, 1, 2, 3, 9, 40, 127, 128, 255]))
+    return described(bytes(header), bytes(damaged[start + length :]))
+
+
+def test_mutations_with_the_right_checksum_load_or_are_refused(
+    tmp_path: Path, real_files: list[bytes]
+) -> None:
+    rng, path, outcomes = np.random.default_rng(1), tmp_path / 'a.svd', set()
+    for _ in range(rounds()):
+        path.write_bytes(resealed(rng, real_files[rng.integers(len(real_files))]))
         try:
-            found = svd.load(path, max_bytes=2**20)
+            found = svd.load(path, max_bytes=2**24)
         except svd.SvdFormatError:
             outcomes.add('refused')
         else:
-            assert sum(leaf.nbytes for leaf in jax.tree.leaves(found)) <= 2**20
+            assert sum(leaf.nbytes for leaf in jax.tree.leaves(found)) <= 2**24
             outcomes.add('loaded')
     assert outcomes == {'refused', 'loaded'}
 
@@ -346,3 +415,135 @@ def described(header: bytes, contents: bytes = b'') -> bytes:
 def test_files_made_by_hand_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(svd.SvdFormatError, match=message):
         decode(data)
+
+
+# Little work, and little memory, whatever a file says.
+
+
+def zeros(*shape: int, dtype: Any = np.float32) -> tuple[bytes, np.ndarray]:
+    """A header of one such array, and the array."""
+    array, header = np.zeros(shape, dtype), bytearray()
+    list(file._describe(array, {}, header))
+    return bytes(header), array
+
+
+def work_of(monkeypatch: pytest.MonkeyPatch, data: bytes, call: int = 500) -> int:
+    """How many symbols are read until a file is refused; a call counts as several."""
+    work = 0
+
+    class Reader(entropy.Reader):
+        def code(self, symbols: Any, count: int, model: Any, *each: Any) -> np.ndarray:
+            nonlocal work
+            found = super().code(symbols, count, model, *each)
+            work += count + call
+            return found
+
+    monkeypatch.setattr(file, 'Reader', Reader)
+    with pytest.raises(ValueError, match='more than so few bytes hold'):
+        file._decode(data, 2**40)
+    return work
+
+
+@pytest.mark.parametrize(
+    'header',
+    [
+        zeros(2**24)[0],
+        zeros(2**24, 1)[0],
+        zeros(1, 1, 2**24)[0],
+        zeros(2**24, dtype=np.uint8)[0],
+        zeros(2**22, dtype=np.int64)[0],
+        bytes([1, *file._number(9000)]) + 9000 * zeros(4096)[0],
+        bytes([1, *file._number(90_000)]) + 90_000 * zeros(dtype=np.int8)[0],
+        bytes([3, 0, 1, *file._number(2**24), 1, 9]),  # quantised
+    ],
+)
+@pytest.mark.parametrize('size', [0, 40, 400])
+def test_small_files_that_say_much_are_little_work(
+    monkeypatch: pytest.MonkeyPatch, header: bytes, size: int
+) -> None:
+    monkeypatch.setattr(entropy, '_FREE', 2**18)
+    data = described(header, bytes(size))
+    assert work_of(monkeypatch, data) <= 2**18 + 2**12 * size
+
+
+def test_entries_where_many_rows_and_columns_cross_are_work_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    diagonal = np.eye(2000, dtype=np.float32)
+    writer = entropy.Writer()
+    arrays.exact(writer, diagonal, diagonal.shape, diagonal.dtype)
+    contents = writer.finish()[:100]  # all rows and columns that were told have entries
+    header = zeros(*diagonal.shape)[0]
+    monkeypatch.setattr(entropy, '_FREE', 2**18)
+    monkeypatch.setattr(entropy, '_CALL', 0)
+    monkeypatch.setattr(entropy, '_OF_A_BYTE', 0)
+    assert 4000 < work_of(monkeypatch, described(header, contents), call=0) <= 2**18
+
+
+def test_a_file_that_is_much_work_is_as_large_as_that_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, params = tmp_path / 'a.svd', {'a': np.zeros(2**20, np.float32), 'b': np.ones(2, np.int8)}
+    usual = svd.save(path, params)
+    assert usual < 100
+    monkeypatch.setattr(entropy, '_FREE', 2**18)
+    size = svd.save(path, params)
+    assert size - usual == pytest.approx((2**20 - 2**18) / 2**12, rel=10)
+    assert size > (2**20 - 2**18) / 2**12
+    assert_same(svd.load(path), params)
+    body = path.read_bytes()[:-4]
+    path.write_bytes(sealed(body[:-1]))
+    with pytest.raises(svd.SvdFormatError, match='more than so few bytes hold'):
+        svd.load(path)
+
+
+def test_a_large_array_of_zeros_alone_stays_a_tiny_file(tmp_path: Path) -> None:
+    params = {'kernel': np.zeros((30_000, 2_000), np.float16)}
+    assert svd.save(tmp_path / 'a.svd', params) < 100
+    found = svd.load(tmp_path / 'a.svd')['kernel']
+    assert (found.shape, found.dtype) == ((30_000, 2_000), np.float16)
+    assert not found[::1000].any()
+
+
+def test_a_header_with_too_much_in_it_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file, '_LARGEST_HEADER', 60)
+    svd.save(tmp_path / 'a.svd', {'a' * 50: np.ones(1)})
+    assert list(svd.load(tmp_path / 'a.svd')) == ['a' * 50]
+    with pytest.raises(ValueError, match='63 bytes, a file has room for less than 60: put more'):
+        svd.save(tmp_path / 'b.svd', {'a' * 55: np.ones(1)})
+
+
+def test_a_boolean_is_one_of_two(tmp_path: Path) -> None:
+    header, _ = zeros(3, dtype=np.bool_)
+    writer = entropy.Writer()
+    arrays.exact(writer, np.array([0, 1, 2], np.uint8), (3,), np.dtype(np.uint8))
+    (tmp_path / 'a.svd').write_bytes(described(header, writer.finish()))
+    with pytest.raises(svd.SvdFormatError, match='neither 0 nor 1'):
+        svd.load(tmp_path / 'a.svd')
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, np.uint8])
+@pytest.mark.parametrize('density', [0.0, 0.02, 1.0])
+@pytest.mark.parametrize('shape', [(2**20,), (1024, 1024), (2, 2**19)])
+def test_reading_takes_little_more_memory_than_the_arrays(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    density: float,
+    dtype: Any,
+) -> None:
+    part = 2**12
+    monkeypatch.setattr(entropy, '_PART', part)
+    array = (100 * sparse(np.random.default_rng(0), shape, density)).astype(dtype)
+    svd.save(tmp_path / 'a.svd', {'a': array})
+    tracemalloc.start()
+    try:
+        found = svd.load(tmp_path / 'a.svd')['a']
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(found, array)
+    file_bytes = (tmp_path / 'a.svd').stat().st_size
+    assert peak < 6 * array.nbytes + 2 * file_bytes + 100 * part
