@@ -10,18 +10,19 @@ whatever is not a weight through untouched.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core.meta import AxisMetadata
 
 from svd_jax import math
 
 PyTree = Any
-Where = Callable[[str], bool] | str | None
+Where = Callable[[str], bool] | str | Collection[str] | None
+Number = float | jax.Array
+PerPath = Number | Mapping[str, Number] | Callable[[str], Number]
 
 WEIGHTS = ('kernel', 'embedding')
 LOG_SIGMA2 = 'log_sigma2'
@@ -105,7 +106,94 @@ def weights(params: PyTree, path: str = '') -> Iterator[Weight]:
         yield from weights(child, f'{path}{name}/')
 
 
-def _variational_weights(params: PyTree) -> list[tuple[str, jax.Array, jax.Array]]:
+def weight_paths(params: PyTree) -> list[str]:
+    """The paths of all weights, variational or not, in the order of the tree.
+
+    That is the order of the layers in the model for what ``model.init`` returns. What comes out of
+    ``jax.jit`` or an optimiser has its keys sorted, ``Dense_10`` before ``Dense_2``: choose by
+    position before, and keep the paths.
+
+    Args:
+      params: nested mappings, lists and tuples of arrays.
+
+    Returns:
+      Such as ``'Conv_0/kernel'``, for ``where`` of :func:`variational`, and what patterns of
+      :data:`PerPath` are searched for in.
+
+    Raises:
+      ValueError: the tree breaks the convention; the message names the path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import svd_jax as svd
+      >>> layer = {'kernel': jnp.ones((3, 3)), 'bias': jnp.ones(3)}
+      >>> params = {'Dense_0': layer, 'Dense_1': layer, 'Dense_2': layer}
+      >>> svd.weight_paths(params)
+      ['Dense_0/kernel', 'Dense_1/kernel', 'Dense_2/kernel']
+      >>> all_but_the_last = svd.weight_paths(params)[:-1]
+      >>> [*svd.variational(params, where=all_but_the_last)['Dense_2']]
+      ['kernel', 'bias']
+    """
+    return [weight.path for weight in weights(params)]
+
+
+def per_path(value: PerPath, params: PyTree, name: str) -> Callable[[str], Number]:
+    """A number for every weight.
+
+    Args:
+      value: one number for all; or a mapping from regular expressions to numbers, of which the
+        first that is found in a weight's path decides, and ``''`` where no other is found; or a
+        function of the path.
+      params: the tree whose weights are meant.
+      name: what the numbers are, for the errors.
+
+    Returns:
+      A function of the path. It raises a ValueError that names a path for which no pattern is
+      found.
+
+    Raises:
+      ValueError: a pattern decides for no weight, which a slip of the pen would explain.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from svd_jax import tree
+      >>> params = {'Conv_0': {'kernel': jnp.ones(2)}, 'Dense_0': {'kernel': jnp.ones(2)}}
+      >>> of = tree.per_path({'Conv': 2.0, '': 3.0}, params, 'threshold')
+      >>> of('Conv_0/kernel'), of('Dense_0/kernel')
+      (2.0, 3.0)
+    """
+    if not isinstance(value, Mapping):
+        return value if callable(value) else lambda path: value
+    # '' last wherever it stands: jax.jit sorts the keys of a dict among its arguments.
+    patterns = sorted(value, key=lambda pattern: pattern == '')
+    paths = weight_paths(params)
+    deciding = {
+        path: next((pattern for pattern in patterns if re.search(pattern, path)), None)
+        for path in paths
+    }
+    for pattern in patterns:
+        if pattern and pattern not in deciding.values():
+            taken = any(re.search(pattern, path) for path in paths)
+            raise ValueError(
+                f'{name}: the pattern {pattern!r} decides for no weight: '
+                + ('patterns before it match all that it matches; put it before them, in an '
+                   'OrderedDict if jax.jit, which sorts the keys of a dict, takes it as an argument'
+                   if taken else f'it is found in none of {", ".join(paths)}')
+            )  # fmt: skip
+
+    def number(path: str) -> Number:
+        pattern = deciding[path]
+        if pattern is None:
+            raise ValueError(
+                f"{name}: no pattern is found in {path}: add one, or the key '' for all that are "
+                'left'
+            )
+        return value[pattern]
+
+    return number
+
+
+def variational_weights(params: PyTree) -> list[tuple[str, jax.Array, jax.Array]]:
     """Path, values and log_sigma2 of the weights that have a posterior."""
     found = [(w.path, w.values, w.log_sigma2) for w in weights(params) if w.log_sigma2 is not None]
     if not found:
@@ -127,30 +215,41 @@ def _map_weights(
     return _rebuild(params, children) if isinstance(params, (list, tuple)) else params
 
 
-def _selector(where: Where) -> Callable[[str], bool]:
+def selector(where: Where, paths: list[str]) -> Callable[[str], bool]:
     if where is None:
         return lambda path: True
     if isinstance(where, str):
         pattern = re.compile(where)
         return lambda path: pattern.search(path) is not None
+    if isinstance(where, Collection):
+        unknown = [path for path in where if path not in paths]
+        if unknown:
+            raise ValueError(
+                f'where names {", ".join(unknown)}, but the weights are {", ".join(paths)}: a '
+                'collection holds whole paths, as svd.weight_paths(params) lists them'
+            )
+        return lambda path: path in where
     return where
 
 
-def variational(params: PyTree, where: Where = None, log_sigma2_init: float = -10.0) -> PyTree:
+def variational(params: PyTree, where: Where = None, log_sigma2_init: PerPath = -10.0) -> PyTree:
     """Gives weights a posterior: adds ``log_sigma2`` beside them.
 
     Args:
       params: the parameters of any Flax model: nested mappings, lists and tuples of arrays.
       where: which weights. A function of the path (``'Conv_0/kernel'``), a regular expression
-        that is searched for in the path, or None for all.
-      log_sigma2_init: the logarithm of the variance to start from.
+        that is searched for in the path, a collection of whole paths (all but the last:
+        ``svd.weight_paths(params)[:-1]``), or None for all.
+      log_sigma2_init: the logarithm of the variance to start from: a number, or one for every
+        path by patterns or a function, see :func:`svd_jax.tree.per_path`.
 
     Returns:
       The tree with a leaf ``log_sigma2`` beside every chosen ``kernel`` or ``embedding``, of its
       shape and type.
 
     Raises:
-      ValueError: a chosen weight is variational already, or none was chosen.
+      ValueError: a chosen weight is variational already, or none was chosen, or ``where`` or
+        ``log_sigma2_init`` names what is not there.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -159,8 +258,9 @@ def variational(params: PyTree, where: Where = None, log_sigma2_init: float = -1
       >>> jax.tree.map(jnp.shape, svd.variational(params))
       {'bias': (2,), 'kernel': (3, 2), 'log_sigma2': (3, 2)}
     """
-    chosen = _selector(where)
-    paths = [weight.path for weight in weights(params)]
+    paths = weight_paths(params)
+    chosen = selector(where, paths)
+    start = per_path(log_sigma2_init, params, 'log_sigma2_init')
 
     def add(weight: Weight, node: dict[str, Any]) -> dict[str, Any]:
         if not chosen(weight.path):
@@ -170,7 +270,7 @@ def variational(params: PyTree, where: Where = None, log_sigma2_init: float = -1
                 f'{weight.path} is variational already: leave it out with where=, or start from '
                 'a tree without its log_sigma2'
             )
-        return {**node, LOG_SIGMA2: jnp.full_like(weight.values, log_sigma2_init)}
+        return {**node, LOG_SIGMA2: jnp.full_like(weight.values, start(weight.path))}
 
     if not any(map(chosen, paths)):
         raise ValueError(
@@ -181,7 +281,7 @@ def variational(params: PyTree, where: Where = None, log_sigma2_init: float = -1
     return _map_weights(add, params)
 
 
-def kl(params: PyTree, method: str = 'molchanov') -> jax.Array:
+def kl(params: PyTree, method: str = 'molchanov', weight: PerPath = 1.0) -> jax.Array:
     """KL divergence of the whole posterior from its prior, summed over all variational weights.
 
     Equal to the sum of what the layers of ``svd.linen`` return.
@@ -189,12 +289,15 @@ def kl(params: PyTree, method: str = 'molchanov') -> jax.Array:
     Args:
       params: a variational tree.
       method: ``'molchanov'``, ``'exact'`` or ``'ard'``; see :func:`svd_jax.math.kl`.
+      weight: what the KL divergence of a layer's weights counts: a number, or one for every path
+        by patterns or a function, see :func:`svd_jax.tree.per_path`.
 
     Returns:
       A float32 scalar, in nats. Divide it by the number of training examples, once, in the loss.
 
     Raises:
-      ValueError: nothing is variational, or the method is unknown.
+      ValueError: nothing is variational, the method is unknown, or a pattern of ``weight`` or a
+        path is not matched.
 
     Example:
       >>> import jax.numpy as jnp
@@ -202,10 +305,14 @@ def kl(params: PyTree, method: str = 'molchanov') -> jax.Array:
       >>> layer = {'kernel': jnp.ones((3, 2)), 'log_sigma2': jnp.zeros((3, 2))}
       >>> round(float(svd.kl(layer)), 3)
       2.587
+      >>> params = {'Conv_0': layer, 'Dense_0': layer}
+      >>> round(float(svd.kl(params, weight={'Conv': 0.0, 'Dense': 2.0})), 3)
+      5.175
     """
+    factor = per_path(weight, params, 'weight')
     terms = (
-        jnp.sum(math.kl(math.log_alpha(values, log_sigma2), method))
-        for _, values, log_sigma2 in _variational_weights(params)
+        factor(path) * jnp.sum(math.kl(math.log_alpha(values, log_sigma2), method))
+        for path, values, log_sigma2 in variational_weights(params)
     )
     return sum(terms, jnp.zeros((), jnp.float32))
 
@@ -230,7 +337,7 @@ def log_alpha(params: PyTree) -> PyTree:
       {'Dense_0': {'kernel': Array([-10.], dtype=float32)}}
     """
     tree: dict[str, Any] = {}
-    for path, values, log_sigma2 in _variational_weights(params):
+    for path, values, log_sigma2 in variational_weights(params):
         *parents, name = path.split('/')
         node = tree
         for parent in parents:
@@ -239,150 +346,83 @@ def log_alpha(params: PyTree) -> PyTree:
     return tree
 
 
-def sparsify(params: PyTree, threshold: float | jax.Array = 3.0) -> PyTree:
+def sparsify(params: PyTree, threshold: PerPath = 3.0) -> PyTree:
     """Drops the weights that are only noise, and the posterior: what is left is a dense tree.
 
     Args:
       params: a variational tree.
       threshold: weights with ``log_alpha >= threshold`` become zero. 3 is the paper's: a noise
-        level at which binary dropout would drop 95 % (section 4.2 and 5).
+        level at which binary dropout would drop 95 % (section 4.2 and 5). A number, or one for
+        every path by patterns or a function, see :func:`svd_jax.tree.per_path`.
 
     Returns:
       The tree without any ``log_sigma2``, which the plain Flax model accepts; whatever was not
       variational is the same object as before. Runs under ``jax.jit``, on any device.
 
     Raises:
-      ValueError: nothing is variational.
+      ValueError: nothing is variational, or a pattern of ``threshold`` or a path is not matched.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import svd_jax as svd
-      >>> svd.sparsify({'kernel': jnp.asarray([1.0, 0.1]), 'log_sigma2': jnp.zeros(2)})
+      >>> layer = {'kernel': jnp.asarray([1.0, 0.1]), 'log_sigma2': jnp.zeros(2)}
+      >>> svd.sparsify(layer)
       {'kernel': Array([1., 0.], dtype=float32)}
+      >>> params = {'Conv_0': layer, 'Dense_0': layer}
+      >>> svd.sparsify(params, {'Conv': 9.0, '': 3.0})['Conv_0']
+      {'kernel': Array([1. , 0.1], dtype=float32)}
     """
-    _variational_weights(params)
+    limit = per_path(threshold, params, 'threshold')
+    return collapse(
+        params, lambda path, values, log_sigma2: masked(values, log_sigma2, limit(path))
+    )
 
-    def drop(weight: Weight, node: dict[str, Any]) -> dict[str, Any]:
-        if weight.log_sigma2 is None:
+
+def collapse(
+    params: PyTree, function: Callable[[str, jax.Array, jax.Array], Any], where: Where = None
+) -> PyTree:
+    """One leaf in the place of a variational weight and its ``log_sigma2``.
+
+    Args:
+      params: a variational tree.
+      function: makes the leaf of the weight's path, its values and its ``log_sigma2``.
+      where: of which variational weights; as for :func:`variational`.
+
+    Returns:
+      The tree with those leaves; whatever else was there is the same object as before.
+
+    Raises:
+      ValueError: nothing is variational.
+    """
+    variational_weights(params)
+    chosen = selector(where, weight_paths(params))
+
+    def collapsed(weight: Weight, node: dict[str, Any]) -> dict[str, Any]:
+        if weight.log_sigma2 is None or not chosen(weight.path):
             return node
         name = weight.path.rpartition('/')[2]
-        kept = masked(weight.values, weight.log_sigma2, threshold)
-        return {k: kept if k == name else v for k, v in node.items() if k != LOG_SIGMA2}
+        leaf = function(weight.path, weight.values, weight.log_sigma2)
+        return {k: leaf if k == name else v for k, v in node.items() if k != LOG_SIGMA2}
 
-    return _map_weights(drop, params)
+    return _map_weights(collapsed, params)
 
 
-def masked(
-    kernel: jax.Array, log_sigma2: jax.Array, threshold: float | jax.Array = 3.0
-) -> jax.Array:
+def masked(kernel: jax.Array, log_sigma2: jax.Array, threshold: Number = 3.0) -> jax.Array:
     """The weights of one layer, with those of ``log_alpha >= threshold`` at zero."""
     return jnp.where(math.log_alpha(kernel, log_sigma2) < threshold, kernel, 0)
 
 
-def nonzero(params: PyTree, threshold: float | jax.Array = 3.0) -> dict[str, jax.Array]:
+def nonzero(params: PyTree, threshold: PerPath = 3.0) -> dict[str, jax.Array]:
     """How many weights ``sparsify`` would leave, per path, as traced integers.
 
     Weights without a posterior count too, by being different from zero.
     """
+    limit = per_path(threshold, params, 'threshold')
     return {
         weight.path: jnp.sum(
             weight.values != 0
             if weight.log_sigma2 is None
-            else masked(weight.values, weight.log_sigma2, threshold) != 0
+            else masked(weight.values, weight.log_sigma2, limit(weight.path)) != 0
         )
         for weight in weights(params)
     }
-
-
-class Counts(NamedTuple):
-    """How many weights are left of how many."""
-
-    nonzero: int
-    total: int
-
-    @property
-    def percent(self) -> float:
-        """The share of zeros."""
-        return 100.0 * (1.0 - self.nonzero / self.total) if self.total else 0.0
-
-    @property
-    def compression(self) -> float:
-        """Weights / nonzero weights, as in the paper: biases are not counted."""
-        return self.total / self.nonzero if self.nonzero else float('inf')
-
-
-class Sparsity(NamedTuple):
-    """Counts of weights by layer, and overall; prints as a table."""
-
-    layers: dict[str, Counts]
-
-    @property
-    def overall(self) -> Counts:
-        counts = self.layers.values()
-        return Counts(sum(c.nonzero for c in counts), sum(c.total for c in counts))
-
-    @property
-    def nonzero(self) -> int:
-        return self.overall.nonzero
-
-    @property
-    def total(self) -> int:
-        return self.overall.total
-
-    @property
-    def percent(self) -> float:
-        """The share of zeros."""
-        return self.overall.percent
-
-    @property
-    def compression(self) -> float:
-        """Weights / nonzero weights, as in the paper: biases are not counted."""
-        return self.overall.compression
-
-    def __str__(self) -> str:
-        width = max(len('layer'), *map(len, self.layers))
-        lines = [
-            f'{"layer":{width}}  {"nonzero":>9}  {"of":>11}  {"zeros":>9}  {"compression":>11}'
-        ]
-        for name, counts in [*self.layers.items(), ('total', self.overall)]:
-            lines.append(
-                f'{name:{width}}  {counts.nonzero:>9,}  {counts.total:>11,}  '
-                f'{counts.percent:>7.2f} %  {counts.compression:>10.1f}x'
-            )
-        rule = '-' * len(lines[0])
-        return '\n'.join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def sparsity(params: PyTree, threshold: float = 3.0) -> Sparsity:
-    """Counts the weights that are left after ``sparsify``, per layer and in total.
-
-    Args:
-      params: a variational tree, or one that was sparsified, or a dense one.
-      threshold: as for :func:`sparsify`.
-
-    Returns:
-      A :class:`Sparsity`, by layer path (``'Conv_0'``; the weight's own name is left out).
-
-    Raises:
-      ValueError: the tree has no weights.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import svd_jax as svd
-      >>> print(svd.sparsity({'Dense_0': {'kernel': jnp.asarray([[2.0, 0.0, 0.0, 0.0]])}}))
-      layer      nonzero           of      zeros  compression
-      -------------------------------------------------------
-      Dense_0          1            4    75.00 %         4.0x
-      -------------------------------------------------------
-      total            1            4    75.00 %         4.0x
-    """
-    counts = jax.device_get(nonzero(params, threshold))
-    totals = {weight.path: int(np.prod(jnp.shape(weight.values))) for weight in weights(params)}
-    if not totals:
-        raise ValueError(f'the tree has no leaf named {" or ".join(WEIGHTS)}: nothing to count')
-    return Sparsity(
-        {
-            path.rpartition('/')[0] or path: Counts(int(counts[path]), total)
-            for path, total in totals.items()
-        }
-    )

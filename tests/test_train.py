@@ -73,6 +73,41 @@ def test_kl_warmup_refuses_what_goes_backwards(begin: int, end: int) -> None:
         svd.kl_warmup(begin, end)
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'begin', 'end'),
+    [
+        ((60_000, 100, 200), 3_000, 12_000),  # 600 steps an epoch: epochs 5 to 20
+        ((60_000, 100, 20), 1_200, 9_000),  # a tenth and three quarters
+        ((1_050, 100, 30), 30, 200),  # ten whole batches
+        ((1_000, 100, 1), 1, 8),  # 7.5 rounds to even
+        ((1_000, 100, 20, (1.0, 2.5)), 10, 25),
+        ((10, 10, 0.5), 0, 0),
+    ],
+)
+def test_kl_warmup_for_turns_epochs_into_steps(arguments, begin: int, end: int) -> None:
+    schedule, wanted = svd.kl_warmup_for(*arguments), svd.kl_warmup(begin, end)
+    steps = jnp.asarray([0, begin, begin + 1, (begin + end) // 2, end - 1, end, end + 1, 10**6])
+    for step in steps:
+        assert float(schedule(step)) == float(wanted(step))
+    assert float(schedule(end)) == 1
+    assert begin == end or 0 < float(schedule(end - 1)) < 1
+    assert begin == end or float(schedule(begin)) == 0 < float(schedule(begin + 1))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ((100, 0, 5), 'batch_size=0, num_data=100'),
+        ((100, 101, 5), 'batch_size=101, num_data=100'),
+        ((100, 10, 0), 'epochs must be above 0, got 0'),
+        ((100, 10, 5, (2.0, 1.0)), 'begin=20, end=10'),
+    ],
+)
+def test_kl_warmup_for_refuses_what_cannot_be(arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        svd.kl_warmup_for(*arguments)
+
+
 @pytest.mark.parametrize('arguments', [{'num_data': 0}, {'num_data': 5, 'num_samples': 0}])
 def test_counts_below_one_are_errors(arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f'{list(arguments)[-1]} must be at least 1, got 0'):
@@ -133,6 +168,22 @@ def test_metrics_count_and_name() -> None:
         np.testing.assert_allclose(metrics['kl_weight'], i / 4)
         assert metrics['finite']
     assert state.step == 3
+
+
+def test_sparsity_is_counted_with_a_threshold_for_every_path() -> None:
+    model, tx = WithBatchNorm(), optax.sgd(0.0)
+    state = start(tx, model)
+    params = {
+        name: {**layer, **({'kernel': jnp.ones_like(layer['kernel'])} if 'kernel' in layer else {})}
+        for name, layer in state.params.items()
+    }  # log_alpha is the log_sigma2 of the model: -3 in Dense_0, 5 x 4 weights; -10 in Dense_1
+    state = state.replace(params=params)
+    threshold = {'Dense_0': -4.0, 'Dense_1': -9.0}
+    step = svd.make_train_step(
+        model.apply, svd.classification_loss, tx, NUM_DATA, threshold=threshold
+    )
+    _, metrics = step(state, batch(), jax.random.key(0))
+    np.testing.assert_allclose(metrics['sparsity'], 20 / 32, rtol=1e-6)
 
 
 @pytest.mark.parametrize('num_samples', [1, 3])

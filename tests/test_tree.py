@@ -218,6 +218,10 @@ NETWORK = {'Conv_0': LAYER, 'Dense_0': LAYER, 'heads': [LAYER, {'embedding': jnp
         (r'embedding|^Conv', {'Conv_0/', 'heads/1/'}),
         (lambda path: path == 'heads/0/kernel', {'heads/0/'}),
         (lambda path: not path.startswith('heads'), {'Conv_0/', 'Dense_0/'}),
+        (['heads/1/embedding'], {'heads/1/'}),
+        (('Conv_0/kernel', 'heads/0/kernel'), {'Conv_0/', 'heads/0/'}),
+        ({'Dense_0/kernel', 'heads/0/kernel'}, {'Dense_0/', 'heads/0/'}),
+        (svd.weight_paths(NETWORK)[:-1], {'Conv_0/', 'Dense_0/', 'heads/0/'}),
     ],
 )
 def test_where_chooses(where, chosen: set[str]) -> None:
@@ -239,6 +243,12 @@ def test_where_chooses(where, chosen: set[str]) -> None:
         (lambda: svd.variational({'scale': jnp.ones(2)}), 'no leaf named kernel or embedding'),
         (lambda: svd.variational({'kernel': jnp.arange(2)}), 'no leaf named kernel or embedding'),
         (lambda: svd.variational({'a': LAYER}, 'b'), "where='b' chose none of a/kernel"),
+        (
+            lambda: svd.variational(NETWORK, ['Conv_0/kernel', 'Dense_0', 'Dense_1/kernel']),
+            'where names Dense_0, Dense_1/kernel, but the weights are Conv_0/kernel, Dense_0/kernel'
+            '.*svd.weight_paths',
+        ),
+        (lambda: svd.variational(NETWORK, []), r'where=\[\] chose none of Conv_0/kernel'),
         (
             lambda: svd.kl({'a': {'b': {**FULL, 'log_sigma2': jnp.zeros((3, 2))}}}),
             r'a/b/log_sigma2 has shape \(3, 2\) but a/b/kernel has \(2, 3\)',
@@ -267,6 +277,94 @@ def test_errors_name_the_path_and_the_remedy(call, message: str) -> None:
         call()
 
 
+PAIR = {'Conv_0': FULL, 'Conv_1': FULL, 'heads': [FULL]}
+BY_PATTERN = {'Conv_0': 1.0, 'Conv': 2.0, '': 3.0}
+NUMBERS = {'Conv_0/kernel': 1.0, 'Conv_1/kernel': 2.0, 'heads/0/kernel': 3.0}
+PER_PATH = [
+    BY_PATTERN,
+    OrderedDict(BY_PATTERN),
+    {'': 3.0, 'Conv_0': 1.0, 'Conv': 2.0},  # '' is last wherever it stands
+    {'^Conv_0/': 1.0, r'0/k.*l$': 3.0, 'v_1': 2.0},
+    NUMBERS.__getitem__,
+]
+
+
+@pytest.mark.parametrize('value', PER_PATH, ids=range(len(PER_PATH)))
+def test_a_number_for_every_path(value) -> None:
+    full = svd.variational(svd.sparsify(PAIR, math.inf), log_sigma2_init=value)
+    assert {path: float(layer['log_sigma2'][0, 0]) for path, layer in layers_of(full).items()} == {
+        'Conv_0/': 1.0, 'Conv_1/': 2.0, 'heads/0/': 3.0
+    }  # fmt: skip
+
+    # Weights of 1 have the log_alpha that their log_sigma2 is: of three, one is below each number.
+    steps = jnp.asarray([[0.5, 1.5, 2.5]] * 2)
+    tree = jax.tree.map(lambda leaf: steps if leaf is FULL['log_sigma2'] else leaf, PAIR)
+    wanted = {'Conv_0/': 1, 'Conv_1/': 2, 'heads/0/': 3}
+    sparse = svd.sparsify(tree, value)
+    kept = {path: np.count_nonzero(layer['kernel'][0]) for path, layer in layers_of(sparse).items()}
+    assert kept == wanted
+    counts = svd.sparsity(tree, value).layers
+    assert {f'{path}/': count.nonzero // 2 for path, count in counts.items()} == wanted
+
+    terms = [svd.kl(layer) for layer in (FULL, FULL, FULL)]
+    wanted_kl = sum(number * term for number, term in zip((1, 2, 3), terms, strict=True))
+    found = svd.kl(PAIR, weight=value)
+    assert (found.shape, found.dtype) == ((), jnp.float32)
+    np.testing.assert_allclose(found, wanted_kl, rtol=1e-6)
+
+
+def test_numbers_may_be_traced_and_their_gradient_taken() -> None:
+    tree = randomised(PAIR, seed=0)
+    for threshold in (0.0, 1.0):
+        for value in (threshold, {'Conv': threshold, '': 2.0}):
+            traced = jax.jit(svd.sparsify)(tree, value)  # jit sorts: '' comes first
+            wanted = svd.sparsify(tree, value)
+            for a, b in zip(leaves(traced), leaves(wanted), strict=True):
+                np.testing.assert_array_equal(a, b)
+    slope = jax.grad(lambda weight: svd.kl(tree, weight=weight))({'Conv': 1.0, '': 1.0})
+    np.testing.assert_allclose(slope[''], svd.kl(tree['heads']), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('value', 'message'),
+    [
+        ({'Conv': 1.0}, "no pattern is found in heads/0/kernel: add one, or the key ''"),
+        ({'Cnov': 1.0, '': 2.0}, "'Cnov' decides for no weight: it is found in none of Conv_0/k"),
+        ({'Conv': 1.0, 'Conv_0': 2.0, '': 0.0}, "'Conv_0' decides for no weight: patterns before"),
+        ({}, 'no pattern is found in Conv_0/kernel'),
+    ],
+)
+def test_numbers_for_no_path_and_paths_without_a_number_are_errors(value, message: str) -> None:
+    for name, call in (
+        ('threshold', lambda: svd.sparsify(PAIR, value)),
+        ('threshold', lambda: svd.sparsity(PAIR, value)),
+        ('weight', lambda: svd.kl(PAIR, weight=value)),
+        (
+            'log_sigma2_init',
+            lambda: svd.variational(svd.sparsify(PAIR), log_sigma2_init=value),
+        ),
+    ):
+        with pytest.raises(ValueError, match=f'^{name}: .*{message}'):
+            call()
+
+
+def test_numbers_are_asked_for_only_where_they_are_needed() -> None:
+    tree = svd.variational(NETWORK, 'Conv', log_sigma2_init={'Conv': 5.0})
+    assert svd.sparsity(tree, {'Conv_0': 4.0}).layers['Conv_0'].nonzero == 0
+    assert svd.kl(tree, weight={'Conv': 0.0}) == 0
+
+
+@given(trees())
+def test_weight_paths_lead_to_all_weights_in_order(tree) -> None:
+    found = [path.rpartition('/') for path in svd.weight_paths(tree)]
+    layers = layers_of(tree)
+    assert {f'{parent}/'.removeprefix('/') for parent, _, _ in found} == {
+        path for path, layer in layers.items()
+    }
+    assert all(name in ('kernel', 'embedding') for _, _, name in found)
+    assert svd.weight_paths(svd.variational(tree)) == svd.weight_paths(tree)
+
+
 @given(trees(), st.integers(0, 99))
 def test_sparsity_counts_what_numpy_counts(tree, seed: int) -> None:
     full = randomised(svd.variational(tree), seed)
@@ -284,23 +382,6 @@ def test_sparsity_counts_what_numpy_counts(tree, seed: int) -> None:
         assert (counts.nonzero, counts.total) == (nonzero, total)
         assert counts.compression == (total / nonzero if nonzero else math.inf)
         assert math.isclose(counts.percent, 100 * (total - nonzero) / total if total else 0)
-
-
-def test_sparsity_prints_a_table() -> None:
-    tree = {
-        'Conv_0': {'kernel': jnp.ones(2000), 'bias': jnp.ones(9)},
-        'Dense_0': {'kernel': jnp.ones(4), 'log_sigma2': jnp.asarray([9.0, 9.0, 9.0, -9.0])},
-        'Dense_1': {'kernel': jnp.ones(5), 'log_sigma2': jnp.full(5, 9.0)},
-    }
-    lines = [line.split() for line in str(svd.sparsity(tree)).splitlines() if '---' not in line]
-    assert lines == [
-        ['layer', 'nonzero', 'of', 'zeros', 'compression'],
-        ['Conv_0', '2,000', '2,000', '0.00', '%', '1.0x'],
-        ['Dense_0', '1', '4', '75.00', '%', '4.0x'],
-        ['Dense_1', '0', '5', '100.00', '%', 'infx'],
-        ['total', '2,001', '2,009', '0.40', '%', '1.0x'],
-    ]
-    assert len({len(line) for line in str(svd.sparsity(tree)).splitlines()}) == 1
 
 
 @pytest.mark.parametrize('model', [nn.Dense(4), nn.Conv(4, (3, 3))], ids=lambda m: type(m).__name__)
