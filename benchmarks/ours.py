@@ -1,5 +1,7 @@
 """The workloads in JAX: dense, and by svd_jax, as its users would write them."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,18 +22,22 @@ class Block(nn.Module):
     Attributes:
       heads: of the attention.
       classes: to tell apart at each position.
+      plain: whether it is one of Flax's layers, which returns scores alone, without their KL.
     """
 
     heads: int
     classes: int
+    plain: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = False) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array) -> Any:
         width, kl = x.shape[-1], jnp.zeros(())
 
         def dense(features: int, x: jax.Array) -> jax.Array:
             nonlocal kl
-            y, divergence = svd.linen.Dense(features)(x, deterministic)
+            if self.plain:
+                return nn.Dense(features)(x)
+            y, divergence = svd.linen.Dense(features)(x)
             kl += divergence
             return y
 
@@ -42,7 +48,27 @@ class Block(nn.Module):
         y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         x = x + dense(width, y.reshape(x.shape))
         x = x + dense(width, nn.gelu(dense(4 * width, nn.LayerNorm()(x))))
-        return dense(self.classes, x), kl
+        x = dense(self.classes, x)
+        return x if self.plain else (x, kl)
+
+
+class PlainLeNet5(nn.Module):
+    """:class:`experiments.models.LeNet5` as a user of Flax writes it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for features in (20, 50):
+            x = nn.Conv(features, (5, 5), padding='VALID')(x)
+            x = nn.relu(nn.max_pool(x, (2, 2), (2, 2)))
+        x = nn.relu(nn.Dense(500)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(10)(x)
+
+
+def unchanged(workload: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A network of Flax's layers, and the options of svd.apply for the same training."""
+    if workload == 'lenet5':
+        return PlainLeNet5(), {'threshold': 3.0}
+    return Block(4, WORKLOADS[workload].classes, plain=True), {}
 
 
 def network(workload: str) -> nn.Module:
@@ -75,15 +101,23 @@ def build(workload: str, variant: Variant) -> Program:
     """The training step of a workload, with its state donated and the batches on the device."""
     if variant.implementation == 'matrix product':
         return _matrix_products()
-    model, tx = network(workload), optax.adam(1e-4)
+    tx = optax.adam(1e-4)
     inputs, targets = map(jnp.asarray, WORKLOADS[workload].batches())
     init_key, noise_key = jax.random.split(jax.random.key(0))
+    if variant.implementation == 'svd.apply':
+        model, options = unchanged(workload)
+        apply: Callable[..., Any] = functools.partial(svd.apply, model, **options)
+    else:
+        model = network(workload)
+        apply = model.apply
     variables = dict(jax.jit(model.init)(init_key, inputs[0]))
     if variant.implementation == 'dense':
         variables['params'] = svd.sparsify(variables['params'], float('inf'))
+    if variant.implementation == 'svd.apply':
+        variables['params'] = svd.variational(variables['params'])
     state = svd.TrainState.create(variables, tx)
     step = svd.make_train_step(
-        model.apply,
+        apply,
         svd.classification_loss,
         tx,
         num_data=NUM_DATA,

@@ -164,6 +164,7 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
         return min(of_kind, key=lambda r: r['step_ms']['median'], default=None)
 
     ours, dense = fastest('svd_jax', 'jax'), fastest('dense', 'jax')
+    unchanged = fastest('svd.apply', 'jax')
     product = fastest(MATRIX_PRODUCT.implementation, 'jax')
     peer, their_dense = fastest('peer', 'torch'), fastest('dense', 'torch')
     many = [r for r in results if r['num_samples'] > 1]
@@ -173,6 +174,8 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
     if ours and dense:
         figures['svd_jax over its dense'] = _ratio(ours, dense)
         figures['memory of svd_jax over its dense'] = ours['peak_mib'] / dense['peak_mib']
+    if ours and unchanged:
+        figures['svd.apply over svd_jax'] = _ratio(unchanged, ours)
     if peer and their_dense:
         figures['fastest peer over its dense'] = _ratio(peer, their_dense)
     if ours and many:

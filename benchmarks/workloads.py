@@ -60,7 +60,8 @@ class Variant(NamedTuple):
     """Who computes the step, and how.
 
     Attributes:
-      implementation: ``'svd_jax'``, or a peer: ``'cplxmodule'``, ``'pytorch-ard'``,
+      implementation: ``'svd_jax'``; ``'svd.apply'``, on a network of Flax's own layers; or a
+        peer: ``'cplxmodule'``, ``'pytorch-ard'``,
         ``'hand-written'`` (the shortest PyTorch for it), and ``'dense'`` for either; or
         ``'matrix product'``, which instead of a step multiplies matrices as fast as it can.
       framework: ``'jax'`` or ``'torch'``.
@@ -93,5 +94,7 @@ PEERS = [
 
 def variants(workload: str) -> list[Variant]:
     """All that are timed on a workload."""
-    samples = [Variant('svd_jax', 'jax', 'scan', 8)] if workload == 'lenet300' else []
-    return [MATRIX_PRODUCT, *OURS, *samples, *PEERS]
+    more = [Variant('svd_jax', 'jax', 'scan', 8)] if workload == 'lenet300' else []
+    if workload in ('lenet5', 'transformer'):
+        more = [Variant('svd.apply', 'jax', mode) for mode in ('step', 'scan')]
+    return [MATRIX_PRODUCT, *OURS, *more, *PEERS]

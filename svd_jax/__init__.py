@@ -20,6 +20,10 @@ from svd_jax import linen as linen
 from svd_jax._version import __version__ as __version__
 from svd_jax.compaction import Compact as Compact
 from svd_jax.compaction import compact as compact
+from svd_jax.diagnosis import Diagnosis as Diagnosis
+from svd_jax.diagnosis import Sparsity as Sparsity
+from svd_jax.diagnosis import diagnose as diagnose
+from svd_jax.diagnosis import sparsity as sparsity
 from svd_jax.export import export_arrays as export_arrays
 from svd_jax.export import export_onnx as export_onnx
 from svd_jax.export import export_stablehlo as export_stablehlo
@@ -35,10 +39,12 @@ from svd_jax.train import TrainState as TrainState
 from svd_jax.train import classification_loss as classification_loss
 from svd_jax.train import elbo_loss as elbo_loss
 from svd_jax.train import kl_warmup as kl_warmup
+from svd_jax.train import kl_warmup_for as kl_warmup_for
 from svd_jax.train import make_train_step as make_train_step
-from svd_jax.tree import Sparsity as Sparsity
+from svd_jax.transform import apply as apply
+from svd_jax.transform import sample as sample
 from svd_jax.tree import kl as kl
 from svd_jax.tree import log_alpha as log_alpha
 from svd_jax.tree import sparsify as sparsify
-from svd_jax.tree import sparsity as sparsity
 from svd_jax.tree import variational as variational
+from svd_jax.tree import weight_paths as weight_paths

@@ -46,7 +46,8 @@ def _all_ones(*arguments: int | Sequence[int] | None) -> bool:
     return all(set((a,) if isinstance(a, int) else a or (1,)) == {1} for a in arguments)
 
 
-def _way(features: int) -> Any:
+def way(features: int) -> Any:
+    """The module that convolves to so many features, on a CPU."""
     return narrow if features < _WIDE else wide
 
 
@@ -62,13 +63,40 @@ def _padding(layer: Any) -> wide.Padding | None:
         padding = [((n - 1) // 2, n // 2) for n in layer.kernel_size]
     elif isinstance(padding, str):
         return None
+    return _within(padding, layer.kernel_size)
+
+
+def _within(padding: Sequence[Sequence[int]], size: Sequence[int]) -> wide.Padding | None:
     height, width = ((low, high) for low, high in padding)
     within = all(
-        0 <= zeros < n
-        for side, n in zip((height, width), layer.kernel_size, strict=True)
-        for zeros in side
+        0 <= zeros < n for side, n in zip((height, width), size, strict=True) for zeros in side
     )
     return (height, width) if within else None
+
+
+# (batch, height, width, channels) with (height, width, channels, features), as Flax has it.
+_DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
+def padding_by_patches(params: Mapping[str, Any], kernel: Any) -> wide.Padding | None:
+    """The zeros around the image of a ``conv_general_dilated`` that this backend computes faster
+    here, with ``way(features)``; None if it doesn't.
+
+    Args:
+      params: of the primitive operation.
+      kernel: its kernel, of any shape.
+    """
+    ordinary = (
+        backend.as_on_cpu()
+        and kernel.ndim == 4
+        and kernel.dtype != jnp.float16
+        and params['dimension_numbers'] == _DIMENSIONS
+        and _all_ones(params['window_strides'], params['lhs_dilation'], params['rhs_dilation'])
+        and _all_ones(params['feature_group_count'], params['batch_group_count'])
+        and params['precision'] is None
+        and params['preferred_element_type'] in (None, kernel.dtype)
+    )
+    return _within(params['padding'], kernel.shape[:2]) if ordinary else None
 
 
 def apply(layer: Any, params: Params, x: jax.Array) -> jax.Array:
@@ -76,7 +104,7 @@ def apply(layer: Any, params: Params, x: jax.Array) -> jax.Array:
     x, kernel, bias = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), dtype=layer.dtype
     )
-    return _way(layer.features).apply(x, kernel, bias, _padding(layer))
+    return way(layer.features).apply(x, kernel, bias, _padding(layer))
 
 
 def sample(
@@ -86,7 +114,7 @@ def sample(
     x, kernel, bias, sigma2 = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), sigma2, dtype=layer.dtype
     )
-    return _way(layer.features).sample(x, kernel, sigma2, bias, _padding(layer), key)
+    return way(layer.features).sample(x, kernel, sigma2, bias, _padding(layer), key)
 
 
 @jax.custom_vjp
@@ -114,6 +142,17 @@ def _max_pool_bwd(winner: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def pools_2x2(params: Mapping[str, Any], x: Any) -> bool:
+    """Whether a ``reduce_window_max`` with these parameters is a :func:`max_pool_2x2`."""
+    once, pairs = (1, 1, 1, 1), (1, 2, 2, 1)
+    return (
+        (params['window_dimensions'], params['window_strides']) == (pairs, pairs)
+        and (params['base_dilation'], params['window_dilation']) == (once, once)
+        and not any(map(any, params['padding']))
+        and x.shape[1] % 2 == x.shape[2] % 2 == 0
+    )
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:

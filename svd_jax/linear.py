@@ -57,13 +57,26 @@ def sample(
         return conv.sample(layer, params, sigma2, x, key)
     mean = layer.apply({'params': params}, x, method=method)
     without_bias = layer.clone(use_bias=False) if hasattr(layer, 'use_bias') else layer
-    looks_up = isinstance(layer, nn.Embed) and method == '__call__'
-    if not jnp.issubdtype(x.dtype, jnp.inexact) and not looks_up:
-        x = x.astype(jnp.float32)
-    if mean.dtype == jnp.float16:  # x^2 and sigma^2 leave its range; bfloat16 has float32's
+    if mean.dtype == jnp.float16:
         without_bias = without_bias.clone(dtype=jnp.float32)
         sigma2 = jnp.exp(log_sigma2.astype(jnp.float32))
-        x = x if looks_up else x.astype(jnp.float32)
-    squares = x if looks_up else lax.square(x)
+    looks_up = isinstance(layer, nn.Embed) and method == '__call__'
+    squares = x if looks_up else squared(x)
     variance = without_bias.apply({'params': {name: sigma2}}, squares, method=method)
+    return draw(mean, variance, key)
+
+
+def variance_dtype(dtype: Any) -> Any:
+    """What to compute variances in: float16 has no room for x^2 and sigma^2."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
+def squared(x: jax.Array) -> jax.Array:
+    """What meets the variances of the weights, where x meets their means."""
+    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    return lax.square(x.astype(variance_dtype(x.dtype) if inexact else jnp.float32))
+
+
+def draw(mean: jax.Array, variance: jax.Array, key: jax.Array) -> jax.Array:
+    """Independent Gaussian activations with these moments, of the mean's type."""
     return math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))

@@ -33,6 +33,7 @@ def test_examples_in_docstrings(name: str) -> None:
             for name in (
                 'backend',
                 'compaction',
+                'diagnosis',
                 'export',
                 'file',
                 'inspection',
@@ -42,7 +43,9 @@ def test_examples_in_docstrings(name: str) -> None:
                 'pretrained',
                 'runtime',
                 'table',
+                'nnx',
                 'train',
+                'transform',
                 'tree',
             )
         ),

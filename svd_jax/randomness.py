@@ -1,0 +1,332 @@
+"""A program run with some of its arguments random: local reparameterisation without layers.
+
+What JAX traces of any model is a program of primitive operations. Where a random weight meets an
+input in a linear one, a matrix product, a convolution or a lookup, the result is drawn from the
+Gaussian that it has: local reparameterisation (Kingma, Salimans & Welling 2015), whatever layer the
+operation came from. On its way there a weight may be cast, transposed, cut, joined to others or
+scaled: anything that leaves its entries independent. Loops, branches and checkpoints are entered,
+and stay what they are.
+
+A weight that is used in any other way has to be drawn itself, before the program runs;
+:func:`uses` tells which.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.core.scope import LazyRng
+from jax import lax
+from jax.extend import core
+
+from svd_jax import conv, linear
+
+Paths = frozenset[str]
+_NONE: Paths = frozenset()
+
+
+class Random(flax.struct.PyTreeNode):
+    """An array of independent Gaussian entries.
+
+    Attributes:
+      mean: any shape.
+      variance: that shape; in float32 where the mean is in float16, whose range is too small.
+      paths: of the weights that it is made of.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    paths: Paths = flax.struct.field(pytree_node=False)
+
+
+class Keys:
+    """The keys for the noise: a new one for each use of a weight, which its path determines.
+
+    A layer of svd.linen in the place of the weight's would draw the same one.
+    """
+
+    def __init__(self, root: jax.Array) -> None:
+        self._root = root
+        self._used: dict[tuple[str, ...], int] = {}
+
+    def _next(self, *place: str) -> jax.Array:
+        self._used[place] = self._used.get(place, 0) + 1
+        return LazyRng.create(self._root, *place, self._used[place]).as_jax_rng()
+
+    def of(self, paths: Paths) -> jax.Array:
+        """For one operation on a weight."""
+        return self._next(*min(paths).split('/')[:-1])
+
+    def of_rounds(self, count: int) -> jax.Array:
+        """One for each round of a loop, to draw others from."""
+        return jax.random.split(self._next('loop'), count)
+
+
+# What only moves or casts the entries of its first operand, where the others are not random.
+_MOVES = {
+    'convert_element_type',
+    'copy',
+    'copy_p',
+    'dynamic_slice',
+    'pad',
+    'reduce_precision',
+    'reshape',
+    'rev',
+    'sharding_constraint',
+    'slice',
+    'split',
+    'squeeze',
+    'stop_gradient',
+    'transpose',
+}
+
+# What only runs a program, and the parameter that holds it.
+_CALLS = {
+    'jit': 'jaxpr',
+    'pjit': 'jaxpr',
+    'closed_call': 'call_jaxpr',
+    'core_call': 'call_jaxpr',
+    'remat2': 'jaxpr',
+    'checkpoint': 'jaxpr',
+}
+_CHECKPOINTS = ('remat2', 'checkpoint')
+
+
+def _closed(jaxpr: Any) -> core.ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def _called(eqn: Any) -> core.ClosedJaxpr | None:
+    name = _CALLS.get(eqn.primitive.name)
+    return _closed(eqn.params[name]) if name else None
+
+
+def _keeps_independence(eqn: Any, operands: Sequence[Paths]) -> bool:
+    """Whether the results have independent Gaussian entries, as the random operands have."""
+    name, result = eqn.primitive.name, eqn.outvars[0].aval
+    only_first = bool(operands[0]) and not any(operands[1:])
+    if not jnp.issubdtype(result.dtype, jnp.floating):
+        return False
+    if name == 'broadcast_in_dim':
+        return only_first and eqn.invars[0].aval.size == result.size
+    if name == 'concatenate':  # of different weights
+        return sum(map(len, operands)) == len(_NONE.union(*operands))
+    if name == 'mul':
+        return not (operands[0] and operands[1])
+    return (name in _MOVES or name in ('div', 'neg', 'reduce_sum')) and only_first
+
+
+def _is_linear(eqn: Any, operands: Sequence[Paths]) -> bool:
+    """Whether the results are sums of random entries, each times something that is not random."""
+    name = eqn.primitive.name
+    if name == 'gather':  # a lookup
+        return bool(operands[0]) and not operands[1]
+    return name in ('dot_general', 'conv_general_dilated') and not (operands[0] and operands[1])
+
+
+class Uses(NamedTuple):
+    """How a program uses its random arguments.
+
+    Attributes:
+      linear: paths of weights that meet inputs in linear operations.
+      other: paths of weights that are used in any other way too.
+      results: for each of its results, the paths of the weights that it is made of.
+    """
+
+    linear: Paths
+    other: Paths
+    results: list[Paths]
+
+
+def uses(program: Any, arguments: Sequence[Paths], in_loops: bool) -> Uses:
+    """How a program uses its random arguments.
+
+    Args:
+      program: a jaxpr.
+      arguments: for each of its arguments the path of the weight that it is, or nothing.
+      in_loops: whether linear operations in a loop are linear also for a weight that is the same
+        in all its rounds. Their noise is new in every round; recurrent networks want one draw for
+        all of them (Chirkova, Lobacheva & Vetrov 2018).
+    """
+    jaxpr = _closed(program).jaxpr
+    known: dict[Any, Paths] = dict(zip(jaxpr.invars, arguments, strict=True))
+
+    def paths_of(atom: Any) -> Paths:
+        return _NONE if isinstance(atom, core.Literal) else known.get(atom, _NONE)
+
+    linear, other = _NONE, _NONE
+    for eqn in jaxpr.eqns:
+        operands = [paths_of(atom) for atom in eqn.invars]
+        paths = _NONE.union(*operands)
+        if not paths:
+            continue
+        if _keeps_independence(eqn, operands):
+            known.update(dict.fromkeys(eqn.outvars, paths))
+        elif _is_linear(eqn, operands):
+            linear |= paths
+        else:
+            found = _uses_within(eqn, operands, in_loops)
+            linear, other = linear | found.linear, other | found.other
+            known.update(zip(eqn.outvars, found.results, strict=True))
+    return Uses(linear, other, [paths_of(atom) for atom in jaxpr.outvars])
+
+
+def _uses_within(eqn: Any, operands: list[Paths], in_loops: bool) -> Uses:
+    """How the programs within an operation use its random operands."""
+    name = eqn.primitive.name
+    if name == 'cond':
+        programs, other = eqn.params['branches'], operands[0]
+        operands = operands[1:]
+    elif name == 'scan':
+        consts, carried, scanned = _parts(eqn, operands)
+        programs, other = (
+            [eqn.params['jaxpr']],
+            _NONE.union(*carried, *(() if in_loops else consts)),
+        )
+        operands = [*consts, *carried, *scanned]
+    elif (called := _called(eqn)) is not None:
+        programs, other = [called], _NONE
+    else:
+        programs, other = [], _NONE.union(*operands)
+    found = [uses(program, [paths - other for paths in operands], in_loops) for program in programs]
+    linear = _NONE.union(*(f.linear for f in found))
+    other = other.union(*(f.other for f in found))
+    if len(found) == 1 and name in _CALLS and name not in _CHECKPOINTS:
+        return Uses(linear, other, found[0].results)
+    # Through these, what is returned has to be an array.
+    escaping = (paths for f in found for paths in f.results)
+    return Uses(linear, other.union(*escaping), [_NONE] * len(eqn.outvars))
+
+
+def _parts(eqn: Any, operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """What is the same in all rounds of a scan, what is carried, and what there is one of each."""
+    consts = eqn.params['num_consts']
+    carried = consts + eqn.params['num_carry']
+    return operands[:consts], operands[consts:carried], operands[carried:]
+
+
+def evaluate(program: Any, keys: Keys, *arguments: Any) -> list[Any]:
+    """A program's results.
+
+    Args:
+      program: a jaxpr.
+      keys: for the noise.
+      *arguments: arrays, and :class:`Random` ones, of which :func:`uses` knows no other use than
+        linear ones.
+    """
+    closed = _closed(program)
+    known: dict[Any, Any] = dict(zip(closed.jaxpr.invars, arguments, strict=True))
+    known.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else known[atom]
+
+    for eqn in closed.jaxpr.eqns:
+        operands = [value(atom) for atom in eqn.invars]
+        known.update(zip(eqn.outvars, _results(eqn, operands, keys), strict=True))
+    return [value(atom) for atom in closed.jaxpr.outvars]
+
+
+def _results(eqn: Any, operands: list[Any], keys: Keys) -> list[Any]:
+    paths = [v.paths if isinstance(v, Random) else _NONE for v in operands]
+    if not any(paths):
+        return _as_it_is(eqn, operands)
+    if _keeps_independence(eqn, paths):
+        return _moved(eqn, operands, _NONE.union(*paths))
+    if _is_linear(eqn, paths):
+        return [_sampled(eqn, operands, keys)]
+    if eqn.primitive.name == 'cond':
+        branches = [functools.partial(evaluate, b, keys) for b in eqn.params['branches']]
+        return list(lax.switch(operands[0], branches, *operands[1:]))
+    if eqn.primitive.name == 'scan':
+        return _scan(eqn, operands, keys)
+    run: Callable[..., list[Any]] = functools.partial(evaluate, _called(eqn), keys)
+    if eqn.primitive.name in _CHECKPOINTS:
+        options = {name: eqn.params[name] for name in ('prevent_cse', 'policy')}
+        run = jax.checkpoint(run, **options)
+    return run(*operands)
+
+
+def _as_it_is(eqn: Any, operands: list[Any]) -> list[Any]:
+    """An operation of which nothing is random."""
+    name = eqn.primitive.name
+    if name == 'reduce_window_max' and conv.pools_2x2(eqn.params, operands[0]):
+        return [conv.max_pool_2x2(operands[0])]
+    if name == 'conv_general_dilated':
+        padding = conv.padding_by_patches(eqn.params, operands[1])
+        if padding:
+            return [conv.way(operands[1].shape[-1]).apply(*operands, None, padding)]
+    values = {a: v for a, v in zip(eqn.invars, operands, strict=True) if type(a) is core.Var}
+    where = core.DebugInfo(__name__, '', None, None)
+    jaxpr = core.Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects, where)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*values.values())
+
+
+def _bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
+    """An operation with other operands, and some parameters changed."""
+    results = eqn.primitive.bind(*operands, **{**eqn.params, **params})
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _moved(eqn: Any, operands: list[Any], paths: Paths) -> list[Random]:
+    """The means move as arrays do; the variances too, scaled by squares, and what is added is 0."""
+    name = eqn.primitive.name
+    means = [v.mean if isinstance(v, Random) else v for v in operands]
+    dtype = next(v.variance.dtype for v in operands if isinstance(v, Random))
+    scaled, joined = name in ('mul', 'div'), name in ('pad', 'concatenate')
+
+    def variance_of(v: Any) -> Any:
+        if isinstance(v, Random):
+            return v.variance
+        if scaled:
+            return lax.square(jnp.asarray(v, dtype))
+        return jnp.zeros(jnp.shape(v), dtype) if joined else v
+
+    variances, params = [variance_of(v) for v in operands], {}
+    if name == 'convert_element_type':
+        params['new_dtype'] = linear.variance_dtype(eqn.params['new_dtype'])
+    of_variances = variances if name == 'neg' else _bind(eqn, variances, **params)
+    return [
+        Random(mean, variance, paths)
+        for mean, variance in zip(_bind(eqn, means), of_variances, strict=True)
+    ]
+
+
+def _sampled(eqn: Any, operands: list[Any], keys: Keys) -> jax.Array:
+    """The result of a linear operation, drawn."""
+    name, at = eqn.primitive.name, 0 if isinstance(operands[0], Random) else 1
+    weight, x = operands[at], operands[1 - at]
+    key = keys.of(weight.paths)
+    if name == 'conv_general_dilated' and at == 1:
+        padding = conv.padding_by_patches(eqn.params, weight.mean)
+        if padding:
+            way = conv.way(weight.mean.shape[-1])
+            return way.sample(x, weight.mean, weight.variance, None, padding, key)
+
+    def operation(weight: jax.Array, x: jax.Array, **params: Any) -> jax.Array:
+        return _bind(eqn, (weight, x) if at == 0 else (x, weight), **params)[0]
+
+    mean = operation(weight.mean, x)
+    if name == 'gather':
+        return linear.draw(mean, operation(weight.variance, x), key)
+    wanted = eqn.params['preferred_element_type']
+    wanted = None if wanted is None else linear.variance_dtype(wanted)
+    variance = operation(weight.variance, linear.squared(x), preferred_element_type=wanted)
+    return linear.draw(mean, variance, key)
+
+
+def _scan(eqn: Any, operands: list[Any], keys: Keys) -> list[Any]:
+    consts, carried, scanned = _parts(eqn, operands)
+    length, program = eqn.params['length'], eqn.params['jaxpr']
+
+    def round_(carried: list[Any], each: tuple[jax.Array, list[Any]]) -> tuple[list, list]:
+        key, scanned = each
+        results = evaluate(program, Keys(key), *consts, *carried, *scanned)
+        return results[: len(carried)], results[len(carried) :]
+
+    options = {name: eqn.params[name] for name in ('length', 'reverse', 'unroll')}
+    carried, made = lax.scan(round_, carried, (keys.of_rounds(length), scanned), **options)
+    return [*carried, *made]
