@@ -17,6 +17,7 @@ Molchanov, Ashukha & Vetrov, "Variational Dropout Sparsifies Deep Neural Network
 
 from svd_jax import backend as backend
 from svd_jax import linen as linen
+from svd_jax import nnx as nnx
 from svd_jax._version import __version__ as __version__
 from svd_jax.compaction import Compact as Compact
 from svd_jax.compaction import compact as compact

@@ -21,6 +21,19 @@ from svd_jax.conv import max_pool_2x2 as max_pool_2x2
 NOISE = 'noise'
 
 
+def refuse_array(layer: str, deterministic: Any) -> None:
+    """Refuses another layer's KL as ``deterministic``, which would turn the noise off in silence.
+
+    Raises:
+      TypeError: ``deterministic`` is an array.
+    """
+    if isinstance(deterministic, jax.Array):
+        raise TypeError(
+            f'{layer} got an array for deterministic: perhaps the KL of the layer before it, from '
+            'Sequential, which passes all results on; call the layers one by one and add their KLs'
+        )
+
+
 class Variational(nn.Module):
     """What makes a layer of flax.linen variational.
 
@@ -50,6 +63,7 @@ class Variational(nn.Module):
 
     def _forward(self, x: jax.Array, deterministic: bool, method: str = '__call__') -> jax.Array:
         """The activations: of the masked mean, or sampled by local reparameterisation."""
+        refuse_array(type(self).__name__, deterministic)
         params = self._params()
         log_sigma2 = params.pop(tree.LOG_SIGMA2, None)
         if log_sigma2 is not None and (deterministic or self.mask_in_training):
@@ -98,11 +112,12 @@ class Variational(nn.Module):
 
         Raises:
           ValueError: there is no rng stream ``'noise'`` to sample from.
+          TypeError: ``deterministic`` is an array, such as the KL of another layer.
         """
         if self.is_initializing():
             super().__call__(x)  # type: ignore[misc]  # declares the parameters as Flax does
             self._declare_log_sigma2()
-        return self._forward(x, deterministic or self.is_initializing()), self._kl()
+        return self._forward(x, self.is_initializing() or deterministic), self._kl()
 
 
 class Dense(Variational, nn.Dense):  # type: ignore[misc]
@@ -182,11 +197,11 @@ class Embed(Variational, nn.Embed):  # type: ignore[misc]
         self, inputs: jax.Array, deterministic: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         """Looks tokens up: integers of any shape to vectors, and the KL of the table."""
-        return self._forward(inputs, deterministic or self.is_initializing()), self._kl()
+        return self._forward(inputs, self.is_initializing() or deterministic), self._kl()
 
     def attend(self, query: jax.Array, deterministic: bool = False) -> jax.Array:
         """Scores of all tokens for a query (..., features), as :meth:`flax.linen.Embed.attend`.
 
         Returns the scores alone: the table's KL is counted once, by ``__call__``.
         """
-        return self._forward(query, deterministic or self.is_initializing(), 'attend')
+        return self._forward(query, self.is_initializing() or deterministic, 'attend')

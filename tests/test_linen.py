@@ -205,6 +205,14 @@ def test_gradients_are_finite_and_flow_to_every_parameter(case: Case, dtypes) ->
         assert jnp.any(gradient != 0), name
 
 
+def test_the_kl_of_another_layer_is_not_taken_for_deterministic() -> None:
+    model, x = nn.Sequential([svd.linen.Dense(3), svd.linen.Dense(3)]), jnp.ones((2, 3))
+    layer = svd.variational({'kernel': jnp.ones((3, 3)), 'bias': jnp.ones(3)})
+    params = {'layers_0': layer, 'layers_1': layer}
+    with pytest.raises(TypeError, match=r'Dense got an array for deterministic.*one by one'):
+        model.apply({'params': params}, x, rngs=key(1))
+
+
 @each_kind
 def test_noise_depends_on_the_key_alone(case: Case) -> None:
     layer, _ = layers(case)
