@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from experiments.errors import UsageError
+from svd_jax.train import warmup_epochs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +74,23 @@ class Config:
     def __post_init__(self) -> None:
         self._check_types()
         for name in ('epochs', 'batch_size', 'num_samples', 'seeds'):
-            _require(getattr(self, name) >= 1, name, 'must be at least 1')
+            require(getattr(self, name) >= 1, name, 'must be at least 1')
         for name in ('validation', 'shift'):
-            _require(getattr(self, name) >= 0, name, 'must be at least 0')
+            require(getattr(self, name) >= 0, name, 'must be at least 0')
         # JAX would take a larger one modulo 2**32: two seeds would be the same.
         last = self.seed + self.seeds - 1
-        _require(0 <= self.seed <= last < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
-        _require(self.learning_rate > 0, 'learning_rate', 'must be above 0')
-        _require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')
+        require(0 <= self.seed <= last < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
+        require(self.learning_rate > 0, 'learning_rate', 'must be above 0')
+        require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')
         begin, end = self.kl_warmup
-        _require(0 <= begin <= end, 'warmup', 'needs two epochs, 0 <= BEGIN <= END')
-        _require(self.checkpoint_seconds >= 0, 'checkpoint_seconds', 'must be at least 0')
-        _require(
+        require(0 <= begin <= end, 'warmup', 'needs two epochs, 0 <= BEGIN <= END')
+        require(self.checkpoint_seconds >= 0, 'checkpoint_seconds', 'must be at least 0')
+        require(
             len(set(self.kl_weight)) == len(self.kl_weight) > 0, 'kl_weight',
             'needs one weight or several different ones',
         )  # fmt: skip
-        _require(min(self.kl_weight) >= 0, 'kl_weight', 'must be at least 0')
-        _require(
+        require(min(self.kl_weight) >= 0, 'kl_weight', 'must be at least 0')
+        require(
             self.method == 'svd' or self.kl_weight == (1.0,), 'kl_weight', 'is for --method svd'
         )
         if self.pretrained is not None and self.method == 'dense':
@@ -97,34 +98,32 @@ class Config:
 
     def _check_types(self) -> None:
         """Refuses what a caller in Python may pass, and numbers that are not finite."""
-        for name, kind in get_type_hints(Config).items():
+        for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if kind is int:
-                _require(type(value) is int, name, f'must be a whole number, not {value!r}')
+                require(type(value) is int, name, f'must be a whole number, not {value!r}')
             elif kind is bool:
-                _require(type(value) is bool, name, f'must be true or false, not {value!r}')
+                require(type(value) is bool, name, f'must be true or false, not {value!r}')
             elif kind is float:
-                _require(_is_finite(value), name, f'must be a finite number, not {value!r}')
+                require(_is_finite(value), name, f'must be a finite number, not {value!r}')
             elif get_origin(kind) is Literal:
                 choices = get_args(kind)
-                _require(value in choices, name, f'must be one of {choices}, not {value!r}')
+                require(value in choices, name, f'must be one of {choices}, not {value!r}')
         weights = self.kl_weight
-        _require(
+        require(
             isinstance(weights, tuple) and all(map(_is_finite, weights)), 'kl_weight',
             f'needs finite numbers, not {weights!r}',
         )  # fmt: skip
         if self.warmup is not None:
             two = isinstance(self.warmup, (tuple, list)) and len(self.warmup) == 2
-            _require(
+            require(
                 two and all(map(_is_finite, self.warmup)), 'warmup',
                 f'needs two finite numbers, not {self.warmup!r}',
             )  # fmt: skip
 
     @property
     def kl_warmup(self) -> tuple[float, float]:
-        # A short run needs its share: half of 20 epochs gave 1.90 % at 46 times, three quarters
-        # 1.84 % at 36, for lenet300 on 5,000 held-out training images.
-        return self.warmup or (min(5.0, self.epochs / 10), min(20.0, 0.75 * self.epochs))
+        return self.warmup or warmup_epochs(self.epochs)
 
     def folder(self, experiment: str) -> Path:
         seeds = f'seed{self.seed}' if self.seeds == 1 else f'seeds{self.seed}-{self._seeds()[-1]}'
@@ -158,7 +157,12 @@ def fingerprint(*arrays: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _require(condition: bool, name: str, what: str) -> None:
+def require(condition: bool, name: str, what: str) -> None:
+    """Refuses the value of an option.
+
+    Raises:
+      UsageError: the condition is false.
+    """
     if not condition:
         raise UsageError(f'--{name.replace("_", "-")} {what}')
 
@@ -167,12 +171,13 @@ def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def command_line(run: Callable[[Config], None], defaults: Config, description: str) -> None:
+def command_line(run: Callable[[Any], None], defaults: Config, description: str) -> None:
     """Parses the command line and runs; bad input ends with one line on stderr and exit code 2."""
+    options: Any = Annotated[type(defaults), tyro.conf.arg(name='')]
     module = sys.modules['__main__'].__spec__  # None if started by the name of its file
     try:
         config = tyro.cli(
-            Annotated[Config, tyro.conf.arg(name='')],
+            options,
             prog=f'python -m {module.name}' if module else None,
             default=defaults,
             description=description,

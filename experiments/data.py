@@ -170,7 +170,7 @@ def _load_tfds(
 ) -> Dataset:
     """Loads from the cache, else from the prepared files, else prepares them first."""
     spec = SPECS[name]
-    root = Path(_default_data_dir() if data_dir is None else data_dir).expanduser().resolve()
+    root = Path(default_data_dir() if data_dir is None else data_dir).expanduser().resolve()
     readable = os.path.isdir(root) and os.access(root, os.R_OK | os.X_OK)
     if data_dir is not None and not readable:
         raise UsageError(
@@ -192,7 +192,7 @@ def _load_tfds(
     return dataset
 
 
-def _default_data_dir() -> str:
+def default_data_dir() -> str:
     """What TFDS takes by default; asking it would mean importing it."""
     return os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
 
@@ -249,7 +249,7 @@ def _prepare(name: str, spec: Spec, root: Path) -> None:
         builder.download_and_prepare(file_format='array_record')
     except Exception as error:  # Network, disk, checksum, protobuf: TFDS raises them all.
         raise UsageError(
-            f'preparing {name} in {root} failed ({_one_line(error)}): try again, or pass a '
+            f'preparing {name} in {root} failed ({one_line(error)}): try again, or pass a '
             f'--data-dir with a TFDS-prepared {name}'
         ) from error
 
@@ -310,13 +310,13 @@ def _decode(name: str, spec: Spec, root: Path) -> Dataset:
         ) from error
     except Exception as error:  # Damaged files raise whatever the reader in C++ makes of them.
         raise UsageError(
-            f'cannot read {name} in {_version_dir(spec, root)} ({_one_line(error)}): delete that '
+            f'cannot read {name} in {_version_dir(spec, root)} ({one_line(error)}): delete that '
             'directory and prepare it again, or pass another --data-dir'
         ) from error
     return Dataset(name, *arrays)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -354,7 +354,7 @@ def _read_cache(path: Path, name: str, spec: Spec, root: Path) -> Dataset | None
             if images.shape != (*labels.shape, *spec.image_shape):
                 raise ValueError(f'shapes {images.shape} and {labels.shape}')
     except Exception as error:  # Whatever is wrong with a cache, rebuilding it is the cure.
-        _console.print(f'Rebuilding the cache {path}: it is damaged ({_one_line(error)})')
+        _console.print(f'Rebuilding the cache {path}: it is damaged ({one_line(error)})')
         return None
     return dataset
 

@@ -3,26 +3,31 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import svd_jax as svd
-from experiments import data, pictures
+from experiments import data
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, fingerprint
 from experiments.environment import environment
 from experiments.errors import UsageError
-from experiments.report import Report, lock, mean_row, read_history, write_json
+from experiments.report import Report, lock, mean_row, measure, quality, read_history, write_json
 from experiments.training import Training
+
+# What each of several networks has of its own.
+_EACH = (
+    'bits_per_character', 'bits_per_character_mean_weights', 'test_error',
+    'test_error_mean_weights', 'compression', 'nonzero',
+)  # fmt: skip
 
 
 def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, Any]:
@@ -42,24 +47,36 @@ def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, 
     Raises:
       UsageError: an option, the data or a checkpoint can't be used; the message names the fix.
     """
-    console = Console()
     dataset = data.load(config.dataset, config.data_dir)
     if config.validation:
         dataset = data.validation_split(dataset, config.validation)
     data.epoch_permutation(config.seed, 0, len(dataset.train_labels), config.batch_size)  # checks
-    out = config.folder(experiment)
     facts = {
         'experiment': experiment, 'dataset': dataset.name, 'examples': fingerprint(*dataset[1:]),
     }  # fmt: skip
+    return run_training(lambda: Training(network, config, dataset), config, facts)
+
+
+def run_training(
+    make_training: Callable[[], Training], config: Config, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """:func:`run` for any kind of data.
+
+    Args:
+      make_training: called once the output folder is known to be free.
+      config: the options.
+      facts: what else determines the result: ``experiment``, ``dataset``, ``examples`` (a hash).
+    """
+    console, out = Console(), config.folder(facts['experiment'])
     with _claimed(out, facts | config.identity(), config.resume):
-        return _train(experiment, Training(network, config, dataset), out, facts, console)
+        return _train(make_training(), out, facts, console)
 
 
 def _train(
-    experiment: str, training: Training, out: Path, facts: dict[str, Any], console: Console
+    training: Training, out: Path, facts: dict[str, Any], console: Console
 ) -> dict[str, Any]:
     """Trains from the last checkpoint, or from the start, to the summary."""
-    config = training.config
+    experiment, config = facts['experiment'], training.config
     checkpoints = _checkpoints(experiment, out, console)
     state, done, seconds = _start(experiment, training, checkpoints, console)
     # Only now: a run that could not start leaves its folder free.
@@ -114,9 +131,7 @@ def _train(
     for folder, own, reported, summary in zip(folders, states, reports, summaries, strict=True):
         if folder != out:  # for --pretrained
             _checkpoints(experiment, folder, console).save(config.epochs, own, {'seconds': seconds})
-        frames = pictures.load_frames(folder / 'frames', config.epochs)
-        params = jax.device_get(own.params)
-        pictures.write_all(folder, params, reported.history, config.threshold, frames)
+        summary |= training.finish(folder, own, reported.history)
         write_json(folder / 'summary.json', summary)
     if len(summaries) == 1:
         _say(console, out, state.params, summaries[0])
@@ -135,14 +150,14 @@ def _checkpoints(experiment: str, folder: Path, console: Console) -> Checkpoints
 
 
 def _save_frames(folders: list[Path], epoch: int, training: Training, state: Any) -> None:
-    for folder, frame in zip(folders, training.frames(state), strict=True):
-        pictures.save_frame(folder / 'frames', epoch, frame)
+    for folder, own in zip(folders, training.split(state), strict=True):
+        training.save_frame(folder, epoch, own)
 
 
 def _together(config: Config, summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """The summary of several networks: what they share, their means, and each one's result."""
     first = summaries[0]
-    each = ('test_error', 'test_error_mean_weights', 'compression', 'nonzero')
+    each = [field for field in _EACH if field in first]
     result = {k: v for k, v in first.items() if all(s[k] == v for s in summaries)}
     result |= {'seed': config.seed, 'config': config.identity()}
     for field in each:
@@ -258,7 +273,7 @@ def _say(console: Console, out: Path, params: Any, summary: dict[str, Any]) -> N
         ratio = summary['compression']
         weights = 'no weights left, ' if ratio is None else f'{ratio:.1f} times fewer weights, '
     console.print(
-        f'error {summary["test_error"]:.2f} % ({summary["evaluated_on"]}, {summary["dataset"]}), '
+        f'{quality(summary)} ({summary["evaluated_on"]}, {summary["dataset"]}), '
         f'{weights}{summary["train_seconds"]:.0f} s of training'
     )
     console.print(
@@ -269,17 +284,15 @@ def _say(console: Console, out: Path, params: Any, summary: dict[str, Any]) -> N
 
 def _say_together(console: Console, out: Path, summary: dict[str, Any]) -> None:
     table = Table('network', box=box.SIMPLE, show_edge=False)
-    table.add_column('error', justify='right')
+    table.add_column(measure(summary).heading, justify='right')
     table.add_column('compression', justify='right')
     for name, own in summary['networks'].items():
         ratio = own['compression']
-        table.add_row(
-            name, f'{own["test_error"]:.2f} %', 'all' if ratio is None else f'{ratio:.1f}x'
-        )
+        table.add_row(name, measure(own).text(own), 'all' if ratio is None else f'{ratio:.1f}x')
     console.print()
     console.print(table)
     console.print()
-    found = f'error {summary["test_error"]:.2f} +- {summary["test_error_sd"]:.2f} %'
+    found = quality(summary)
     if 'compression' in summary:
         found += f', {summary["compression"]:.1f} +- {summary["compression_sd"]:.1f} times'
         found += ' fewer weights'

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from rich import box
@@ -83,7 +83,7 @@ def read_history(path: Path, last_epoch: int) -> list[Row]:
 
 
 def mean_row(rows: list[Row]) -> Row:
-    """What is shown of several networks: their mean, and of images and skipped steps the sum."""
+    """What is shown of several networks: their mean, and of speed and skipped steps the sum."""
     found: Row = {}
     for name, first in rows[0].items():
         values = [row[name] for row in rows]
@@ -93,11 +93,38 @@ def mean_row(rows: list[Row]) -> Row:
             found[name] = first
         elif None in values:  # no weight left in one of them
             found[name] = None
-        elif name in ('images_per_second', 'skipped_steps'):
+        elif name.endswith('_per_second') or name == 'skipped_steps':
             found[name] = sum(values)
         else:
             found[name] = float(np.mean(values))
     return found
+
+
+class Measure(NamedTuple):
+    """How good a network is, by a field of a row or a summary, and how that is shown."""
+
+    field: str
+    heading: str
+    digits: int
+    unit: str = ''
+
+    def text(self, values: Row) -> str:
+        """The value, with its standard deviation if there is one."""
+        names = [name for name in (self.field, f'{self.field}_sd') if name in values]
+        return ' +- '.join(f'{values[name]:.{self.digits}f}' for name in names) + self.unit
+
+
+def measure(values: Row) -> Measure:
+    """The measure that counts."""
+    if 'bits_per_character' in values:
+        return Measure('bits_per_character', 'bits per character', 3)
+    return Measure('test_error', 'error', 2, ' %')
+
+
+def quality(values: Row) -> str:
+    """A summary's measure in words."""
+    found = measure(values)
+    return f'{found.heading} {found.text(values)}'
 
 
 def _duration(seconds: float) -> str:
@@ -180,7 +207,11 @@ class Report:
         self._ends.append(time.perf_counter())
         # The median: the first epoch includes the compilation.
         left = float(np.median(np.diff(self._ends))) * (self._epochs - self._done)
-        speed = f'{row["images_per_second"]:,.0f} images/s'
+        speed = next(
+            f'{value:,.0f} {name.removesuffix("_per_second")}/s'
+            for name, value in row.items()
+            if name.endswith('_per_second')
+        )
         self._progress.update(self._epoch, completed=self._done, note=f'{_duration(left)} left')
         self._progress.update(self._step, completed=0, note=speed)
         if not self._console.is_terminal:
@@ -221,6 +252,8 @@ def _cells(row: Row, layers: bool = True) -> dict[str, str]:
         'epoch': str(row['epoch']), 'loss': f'{row["loss"]:.4f}',
         'train error': f'{row["train_error"]:.2f} %', 'test error': f'{row["test_error"]:.2f} %',
     }  # fmt: skip
+    if 'bits_per_character' in row:
+        cells['bits per character'] = f'{row["bits_per_character"]:.3f}'
     if 'kl' not in row:  # a dense network
         return cells
     ratio = row['compression']

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -36,13 +37,14 @@ class Training:
       steps: of an epoch.
     """
 
+    # What there is depends on the kind of data.
+    dataset: Any
+    model: Any
+    _resident: Any
+    _test: Any
+
     def __init__(self, network: type[nn.Module], config: Config, dataset: data.Dataset) -> None:
-        self.config, self.dataset = config, dataset
-        alone = config.alone()
-        self.names, self._configs = list(alone), list(alone.values())
-        self.variational = config.method == 'svd'
-        self._count = len(dataset.train_labels)
-        self.steps = self._count // config.batch_size
+        self.dataset = dataset
         options = {
             'log_sigma2_init': config.log_sigma2_init,
             'threshold': config.threshold,
@@ -51,6 +53,29 @@ class Training:
             'dtype': None if config.dtype == 'float32' else jnp.dtype(config.dtype),
         }
         self.model = network(options=tuple(options.items()))
+        count = len(dataset.train_labels)
+        self._set_up(config, count, num_data=count)
+        self.evaluated_on = f'{config.validation} held out' if config.validation else 'test set'
+        self._mean = jnp.asarray(data.mean_image(dataset.train_images))[None]
+        self._resident = None if self._streams() else (
+            jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+        )  # fmt: skip
+        self._test = _batches(dataset.test_images), _batches(dataset.test_labels, fill=-1)
+
+    def _set_up(self, config: Config, count: int, num_data: int) -> None:
+        """What does not depend on the kind of data: names, steps, schedules, optimiser, keys.
+
+        Args:
+          config: as given.
+          count: how many examples an epoch draws its batches from.
+          num_data: how many terms the likelihood of the whole training set has, each of which the
+            loss is a mean over: images, or characters.
+        """
+        self.config, self._count, self._num_data = config, count, num_data
+        alone = config.alone()
+        self.names, self._configs = list(alone), list(alone.values())
+        self.variational = config.method == 'svd'
+        self.steps = count // config.batch_size
         self.learning_rate = optax.linear_schedule(
             config.learning_rate,
             0.0,
@@ -59,14 +84,10 @@ class Training:
         )
         # The paper's authors minimise N times this loss, with an eps of 1e-8: this is the same. A
         # weight that is about to be dropped has gradients of about 1e-8 here.
-        self.tx = optax.adam(self.learning_rate, eps=1e-8 / self._count)
-        begin, end = (round(epoch * self.steps) for epoch in config.kl_warmup)
-        self._warmup = svd.kl_warmup(begin, end)
-        self._mean = jnp.asarray(data.mean_image(dataset.train_images))[None]
-        self._resident = None if self._streams() else (
-            jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-        )  # fmt: skip
-        self._test = _batches(dataset.test_images), _batches(dataset.test_labels, fill=-1)
+        self.tx = optax.adam(self.learning_rate, eps=1e-8 / num_data)
+        self._warmup = svd.kl_warmup_for(
+            self._count, config.batch_size, config.epochs, config.kl_warmup
+        )
         seeds = jnp.asarray([own.seed for own in self._configs], jnp.uint32)
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
         self._init_keys, self._noise_keys = keys[:, 0], keys[:, 1]
@@ -77,6 +98,10 @@ class Training:
             return self.config.stream == 'yes'
         memory = jax.devices()[0].memory_stats()  # None on a CPU
         return memory is not None and self.dataset.train_images.nbytes > memory['bytes_limit'] / 4
+
+    def _order(self, config: Config, epoch: int) -> np.ndarray:
+        """An epoch's batches of one network, (steps, batch_size): which examples they are of."""
+        return data.epoch_permutation(config.seed, epoch, self._count, config.batch_size)
 
     def _feed(self, orders: np.ndarray) -> Iterator[Any]:
         """An epoch's batches, in parts of as many steps as a dispatch takes: indices or images."""
@@ -98,6 +123,16 @@ class Training:
 
     def _prepare(self, images: jax.Array) -> jax.Array:
         return images.astype(jnp.float32) / 255 - self._mean
+
+    def _apply(self, variables: Any, inputs: jax.Array, rngs: Any) -> tuple[jax.Array, jax.Array]:
+        """The network in training, and its KL divergence."""
+        return self.model.apply(variables, inputs, rngs=rngs)
+
+    def _batch(self, resident: Any, batch: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+        """Inputs and targets of a step, and a key for what else is random."""
+        images, labels = jax.tree.map(lambda a: a[batch], resident) if resident else batch
+        key, images = self._augment(key, images)
+        return self._prepare(images), labels, key
 
     def init(self, params: Any = None) -> svd.TrainState:
         """The state before the first step, from given dense parameters or random ones.
@@ -135,16 +170,16 @@ class Training:
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _chunk(
-        self, state: svd.TrainState, resident: tuple[jax.Array, jax.Array] | None, *each: Any
+        self, state: svd.TrainState, resident: Any, *each: Any
     ) -> tuple[svd.TrainState, dict[str, jax.Array]]:
         """Some steps; ``each`` network has its own batches, keys and KL weight."""
 
         def chunk(state: svd.TrainState, batches: Any, keys: jax.Array, weight: jax.Array) -> Any:
             take_step = svd.make_train_step(
-                self.model.apply,
+                self._apply,
                 svd.classification_loss,
                 self.tx,
-                num_data=self._count,
+                num_data=self._num_data,
                 num_samples=self.config.num_samples,
                 kl_weight=lambda step: weight * self._warmup(step),
                 threshold=self.config.threshold,
@@ -152,9 +187,8 @@ class Training:
 
             def step(state: svd.TrainState, given: tuple[Any, jax.Array]) -> Any:
                 batch, key = given
-                images, labels = jax.tree.map(lambda a: a[batch], resident) if resident else batch
-                key, images = self._augment(key, images)
-                return take_step(state, (self._prepare(images), labels), key)
+                inputs, targets, key = self._batch(resident, batch, key)
+                return take_step(state, (inputs, targets), key)
 
             return lax.scan(step, state, (batches, keys))
 
@@ -172,11 +206,14 @@ class Training:
 
         return lax.map(errors, (images, labels)).sum()
 
-    def _test_error(self, params: Any, threshold: float) -> float:
-        """Percent of the test images that the network that would ship gets wrong."""
-        if self.variational:
-            params = svd.sparsify(params, threshold)
-        return 100 * int(self._errors(params, *self._test)) / len(self.dataset.test_labels)
+    def _scores(self, params: Any) -> dict[str, float]:
+        """How good a dense or a sparse network is on the test set, by the name of the measure."""
+        wrong = int(self._errors(params, *self._test))
+        return {'test_error': 100 * wrong / len(self.dataset.test_labels)}
+
+    def _scores_at(self, params: Any, threshold: float) -> dict[str, float]:
+        """Those of the network that would ship with this threshold."""
+        return self._scores(svd.sparsify(params, threshold) if self.variational else params)
 
     def epoch(
         self, state: svd.TrainState, epoch: int, advance: Any
@@ -189,12 +226,7 @@ class Training:
         Raises:
           UsageError: no step of a network had a finite loss.
         """
-        orders = np.stack(
-            [
-                data.epoch_permutation(own.seed, epoch, self._count, own.batch_size)
-                for own in self._configs
-            ]
-        )
+        orders = np.stack([self._order(own, epoch) for own in self._configs])
         keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, epoch), self.steps))(
             self._noise_keys
         )
@@ -224,15 +256,18 @@ class Training:
             row = {
                 'epoch': epoch, 'loss': mean['loss'], 'data_term': mean['data_term'],
                 'learning_rate': learning_rate, 'train_error': 100 * mean['error'],
-                'test_error': self._test_error(own.params, self.config.threshold),
+                **self._scores_at(own.params, self.config.threshold),
                 **self._counts(own),
                 'skipped_steps': int((~finite).sum()), 'seconds': seconds,
-                'images_per_second': orders[i].size / seconds,
+                **self._speed(orders[i].size / seconds),
             }  # fmt: skip
             if self.variational:
                 row |= {'kl': mean['kl'], 'kl_weight': mean['kl_weight']}
             rows.append(row)
         return state, rows
+
+    def _speed(self, examples_per_second: float) -> dict[str, float]:
+        return {'images_per_second': examples_per_second}
 
     def _counts(self, state: svd.TrainState) -> dict[str, Any]:
         """Nonzero weights of one network, as the summary has them."""
@@ -244,28 +279,36 @@ class Training:
             'sparsity_per_layer': {k: v.percent for k, v in sparsity.layers.items()},
         }
 
-    def frames(self, state: svd.TrainState) -> list[pictures.Frame]:
-        """Of each network, a frame of its GIF."""
-        return [
-            pictures.snapshot(jax.device_get(own.params), self.config.threshold)
-            for own in self.split(state)
-        ]
+    def save_frame(self, folder: Path, epoch: int, state: svd.TrainState) -> None:
+        """Adds a frame to the GIF of one network."""
+        frame = pictures.snapshot(jax.device_get(state.params), self.config.threshold)
+        pictures.save_frame(folder / 'frames', epoch, frame)
+
+    def finish(self, folder: Path, state: svd.TrainState, history: pictures.History) -> Any:
+        """Writes the pictures of one network; returns what that adds to its summary."""
+        frames = pictures.load_frames(folder / 'frames', self.config.epochs)
+        params = jax.device_get(state.params)
+        pictures.write_all(folder, params, history, self.config.threshold, frames)
+        return {}
 
     def results(self, state: svd.TrainState) -> list[dict[str, Any]]:
         """Of each network, the results of the last epoch; no epoch is picked."""
-        held_out = self.config.validation
         return [
             {
                 'method': 'sparse_vd' if self.variational else 'dense',
                 'dataset': self.dataset.name, 'seed': config.seed, 'epochs': config.epochs,
-                'test_error': self._test_error(own.params, config.threshold),
-                'test_error_mean_weights': self._test_error(own.params, float('inf')),
-                'evaluated_on': f'{held_out} held out' if held_out else 'test set',
+                **self._scores_at(own.params, config.threshold),
+                **_mean_weights(self._scores_at(own.params, float('inf'))),
+                'evaluated_on': self.evaluated_on,
                 **self._counts(own),
                 'config': config.identity(),
             }
             for config, own in zip(self._configs, self.split(state), strict=True)
         ]  # fmt: skip
+
+
+def _mean_weights(scores: dict[str, float]) -> dict[str, float]:
+    return {f'{name}_mean_weights': score for name, score in scores.items()}
 
 
 def _batches(array: np.ndarray, fill: int = 0) -> jax.Array:

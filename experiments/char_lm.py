@@ -1,0 +1,204 @@
+"""A character language model on Tiny Shakespeare, by Sparse Variational Dropout.
+
+The models are plain Flax, an LSTM and a Transformer; svd.variational and svd.apply make them
+variational from outside.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax import lax
+
+import svd_jax as svd
+from experiments import config, language_models, loop, pictures, text
+from experiments.training import Training
+
+_EVALUATION_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(config.Config):
+    """Options of a training run of a language model."""
+
+    model: Literal['lstm', 'transformer'] = 'lstm'
+    """Which network."""
+    dataset: str = text.NAME
+    """tiny_shakespeare, or the path of a text file."""
+    length: int = 64
+    """Characters in a training sequence."""
+    width: int | None = None
+    """Of the model; its own default if not given."""
+    depth: int = 2
+    """Blocks of the Transformer."""
+    batch_size: int = 32
+    """Training sequences per step."""
+    log_sigma2_rate: float = 4.0
+    """Learning rate of the log variances, as a multiple of that of everything else."""
+    split: Literal['test', 'validation'] = 'test'
+    """Which split to report on after each epoch; hyperparameters are chosen on validation."""
+    # What is for images only.
+    validation: tyro.conf.Suppress[int] = 0
+    shift: tyro.conf.Suppress[int] = 0
+    flip: tyro.conf.Suppress[bool] = False
+    stream: tyro.conf.Suppress[Literal['auto', 'yes', 'no']] = 'auto'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config.require(self.length >= 2, 'length', 'must be at least 2')
+        config.require(self.depth >= 1, 'depth', 'must be at least 1')
+        config.require(self.log_sigma2_rate > 0, 'log_sigma2_rate', 'must be above 0')
+        if self.width is not None:
+            whole = type(self.width) is int and self.width >= 1
+            config.require(whole, 'width', f'must be a whole number from 1, not {self.width!r}')
+            heads = language_models.Transformer.heads
+            fits = self.model == 'lstm' or self.width % heads == 0
+            config.require(fits, 'width', f'must be a multiple of {heads} for the Transformer')
+
+    def folder(self, experiment: str) -> Path:
+        return super().folder(f'{experiment}-{self.model}')
+
+    def identity(self) -> dict[str, Any]:
+        unused = ('validation', 'shift', 'flip')
+        return {name: value for name, value in super().identity().items() if name not in unused}
+
+
+def make_model(options: Config, characters: int) -> nn.Module:
+    """The network that the options name."""
+    dtype = None if options.dtype == 'float32' else jnp.dtype(options.dtype)
+    sizes: dict[str, Any] = {} if options.width is None else {'width': options.width}
+    if options.model == 'lstm':
+        return language_models.LSTM(characters, **sizes, dtype=dtype)
+    return language_models.Transformer(
+        characters, **sizes, depth=options.depth, length=options.length, dtype=dtype
+    )
+
+
+class TextTraining(Training):
+    """Trains language models on windows of a text; see :class:`experiments.training.Training`."""
+
+    def __init__(self, options: Config, corpus: text.Corpus) -> None:
+        self.dataset = corpus
+        self.model = make_model(options, len(corpus.alphabet))
+        self._length, self._name = options.length, options.model
+        windows = text.windows_in(len(corpus.train), options.length)
+        # The likelihood of the text is a sum over its characters, the loss a mean over them: the
+        # KL is divided by their number, not by that of the sequences.
+        self._set_up(options, windows, num_data=len(corpus.train))
+        # A log variance has a way of ten or so to go, a weight one of a tenth, in as many steps.
+        self.tx = optax.chain(
+            self.tx, optax.masked(optax.scale(options.log_sigma2_rate), _is_log_sigma2)
+        )
+        self._resident = jnp.asarray(corpus.train)
+        self.evaluated_on = f'{options.split} split'
+        held_out = text.evaluation_windows(
+            getattr(corpus, options.split), options.length, options.length // 2
+        )
+        self._test = tuple(map(_batches, held_out, (0, -1)))
+        self._tested = int(np.sum(held_out[1] >= 0))
+
+    def _order(self, config: Any, epoch: int) -> np.ndarray:
+        return text.starts(
+            config.seed, epoch, len(self.dataset.train), config.length, config.batch_size
+        )
+
+    def _batch(self, resident: Any, batch: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+        at = batch[:, None] + jnp.arange(self._length + 1)[None]
+        windows = resident[at]
+        return windows[:, :-1], windows[:, 1:], key
+
+    def _dense_params(self, key: jax.Array) -> Any:
+        return self.model.init(key, jnp.zeros((1, self._length), jnp.int32))['params']
+
+    def _apply(self, variables: Any, inputs: jax.Array, rngs: Any) -> tuple[jax.Array, jax.Array]:
+        if not self.variational:
+            return self.model.apply(variables, inputs), jnp.zeros(())
+        return svd.apply(
+            self.model, variables, inputs, rngs=rngs, kl_method=self.config.kl,
+            threshold=self.config.threshold if self.config.mask_in_training else None,
+        )  # fmt: skip
+
+    @partial(jax.jit, static_argnums=0)
+    def _totals(
+        self, params: Any, inputs: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of each batch, the nats and the wrong guesses of the characters that count."""
+
+        def totals(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            inputs, targets = batch
+            logits = self.model.apply({'params': params}, inputs).astype(jnp.float32)
+            counted = targets >= 0
+            nats = optax.softmax_cross_entropy_with_integer_labels(
+                logits, jnp.where(counted, targets, 0)
+            )
+            wrong = jnp.argmax(logits, -1) != targets
+            return jnp.sum(jnp.where(counted, nats, 0)), jnp.sum(counted & wrong)
+
+        return lax.map(totals, (inputs, targets))
+
+    def _scores(self, params: Any) -> dict[str, float]:
+        nats, wrong = jax.device_get(self._totals(params, *self._test))
+        return {
+            'bits_per_character': float(
+                np.sum(nats, dtype=np.float64) / math.log(2) / self._tested
+            ),
+            'test_error': 100 * int(np.sum(wrong)) / self._tested,
+        }
+
+    def _speed(self, examples_per_second: float) -> dict[str, float]:
+        return {'characters_per_second': self._length * examples_per_second}
+
+    def save_frame(self, folder: Path, epoch: int, state: svd.TrainState) -> None:
+        """No GIF: its pictures are of images' weights."""
+
+    def finish(self, folder: Path, state: svd.TrainState, history: pictures.History) -> Any:
+        """Writes the file to ship, and the curves."""
+        params = jax.device_get(state.params)
+        directory = folder / 'pictures'
+        directory.mkdir(exist_ok=True)
+        if history:
+            pictures.training_curves(history, directory / 'curves.png')
+        if self.variational:
+            pictures.log_alpha_histogram(params, self.config.threshold, directory / 'log_alpha.png')
+            params = svd.sparsify(params, self.config.threshold)
+        path = folder / 'model.svd'
+        svd.save(path, params)
+        return {'model': self._name, 'file_bytes': path.stat().st_size}
+
+
+def _is_log_sigma2(params: Any) -> Any:
+    """True where a tree has a log variance."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'log_sigma2', params)
+
+
+def _batches(windows: np.ndarray, fill: int) -> jax.Array:
+    """(windows, length) to (batches, 64, length), the last one filled up."""
+    missing = -len(windows) % _EVALUATION_BATCH
+    padding = np.full((missing, windows.shape[1]), fill, windows.dtype)
+    padded = np.concatenate([windows, padding])
+    return jnp.asarray(padded.reshape(-1, _EVALUATION_BATCH, windows.shape[1]))
+
+
+DEFAULTS = Config(epochs=15, learning_rate=3e-3, log_sigma2_init=-8.0)
+
+
+def run(options: Config) -> None:
+    corpus = text.load(options.dataset, options.data_dir)
+    text.starts(options.seed, 0, len(corpus.train), options.length, options.batch_size)  # checks
+    facts = {
+        'experiment': 'char_lm', 'dataset': corpus.name,
+        'examples': config.fingerprint(*corpus[2:]),
+    }  # fmt: skip
+    loop.run_training(lambda: TextTraining(options, corpus), options, facts)
+
+
+if __name__ == '__main__':
+    config.command_line(run, DEFAULTS, __doc__)
