@@ -29,8 +29,8 @@ class LeNet5(nn.Module):
         for features in (20, 50):
             x = nn.Conv(features, (5, 5), padding='VALID')(x)
             x = nn.relu(nn.max_pool(x, (2, 2), (2, 2)))
-        x = x.reshape(x.shape[0], -1)
-        return nn.Dense(10)(nn.relu(nn.Dense(500)(x)))
+        x = nn.relu(nn.Dense(500)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(10)(x)
 
 
 PLAIN = {'lenet300': LeNet300(), 'lenet5': LeNet5()}
