@@ -168,10 +168,7 @@ class TextTraining(Training):
             pictures.training_curves(history, directory / 'curves.png')
         if self.variational:
             pictures.log_alpha_histogram(params, self.config.threshold, directory / 'log_alpha.png')
-            params = svd.sparsify(params, self.config.threshold)
-        path = folder / 'model.svd'
-        svd.save(path, params)
-        return {'model': self._name, 'file_bytes': path.stat().st_size}
+        return {'model': self._name, **self._ship(folder, params)}
 
 
 def _is_log_sigma2(params: Any) -> Any:

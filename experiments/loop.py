@@ -26,7 +26,7 @@ from experiments.training import Training
 # What each of several networks has of its own.
 _EACH = (
     'bits_per_character', 'bits_per_character_mean_weights', 'test_error',
-    'test_error_mean_weights', 'compression', 'nonzero',
+    'test_error_mean_weights', 'compression', 'nonzero', 'file_bytes',
 )  # fmt: skip
 
 

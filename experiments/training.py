@@ -285,11 +285,16 @@ class Training:
         pictures.save_frame(folder / 'frames', epoch, frame)
 
     def finish(self, folder: Path, state: svd.TrainState, history: pictures.History) -> Any:
-        """Writes the pictures of one network; returns what that adds to its summary."""
+        """Writes the file and the pictures of one network; returns what its summary has of them."""
         frames = pictures.load_frames(folder / 'frames', self.config.epochs)
         params = jax.device_get(state.params)
         pictures.write_all(folder, params, history, self.config.threshold, frames)
-        return {}
+        return self._ship(folder, params)
+
+    def _ship(self, folder: Path, params: Any) -> dict[str, Any]:
+        """Writes the network that is left, exactly."""
+        left = svd.sparsify(params, self.config.threshold) if self.variational else params
+        return {'file_bytes': svd.save(folder / 'model.svd', left)}
 
     def results(self, state: svd.TrainState) -> list[dict[str, Any]]:
         """Of each network, the results of the last epoch; no epoch is picked."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import svd_jax as svd
 from experiments import data, lenet5, lenet300, models, training
 from experiments.config import Config
 from experiments.errors import UsageError
@@ -94,6 +95,8 @@ def test_files_of_a_run(finished: tuple[Path, str]) -> None:
     for name in ('test_error', 'nonzero', 'compression', 'sparsity_per_layer'):
         assert rows[-1][name] == summary[name]
     assert sum(row['seconds'] for row in rows) <= summary['train_seconds']
+    assert (out / 'model.svd').stat().st_size == summary['file_bytes']
+    assert svd.sparsity(svd.load(out / 'model.svd')).nonzero == summary['nonzero']
     assert {'curves.png', 'log_alpha.png', 'weights.png', 'weights.gif'} <= {
         path.name for path in (out / 'pictures').iterdir()
     }
