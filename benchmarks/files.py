@@ -81,10 +81,34 @@ class Run(NamedTuple):
     params: Any
     epoch: int
 
+    @property
+    def label(self) -> str:
+        """Which run of its experiment: the seed, and every option that is not the default."""
+        told = {'seed', 'validation'}
+        parts = [f'seed {self.config.seed}']
+        parts += [
+            f'{name.replace("_", " ")} {" ".join(map(str, value))}'
+            for name, value in _options(self).items()
+            if name not in told
+        ]
+        if self.config.validation:
+            parts.append(f'{self.config.validation:,} held out')
+        if self.epoch < self.config.epochs:
+            parts.append(f'epoch {self.epoch}')
+        return ', '.join(parts)
+
     def __str__(self) -> str:
-        unfinished = f', epoch {self.epoch}' if self.epoch < self.config.epochs else ''
-        held_out = f', {self.config.validation:,} held out' if self.config.validation else ''
-        return f'{self.experiment}, seed {self.config.seed}{held_out}{unfinished}'
+        return f'{self.experiment}, {self.label}'
+
+
+def _options(run: Run) -> dict[str, list[Any]]:
+    """The options of a run that are not its experiment's defaults."""
+    defaults = importlib.import_module(f'experiments.{run.experiment}').DEFAULTS.identity()
+    return {
+        name: value if isinstance(value, list) else [value]
+        for name, value in run.config.identity().items()
+        if value != defaults[name]
+    }
 
 
 def read_run(folder: Path, data_dir: Path | None) -> Run:
@@ -237,17 +261,15 @@ def ship(run: Run, tolerance: float, folder: Path) -> Row:
 
 def command(run: Run) -> str:
     """The command that trains this network again."""
-    defaults = importlib.import_module(f'experiments.{run.experiment}').DEFAULTS.identity()
     words = [f'python -m experiments.{run.experiment} --dataset {run.dataset.name}']
     words.append(f'--seed {run.config.seed}')
-    for name, value in run.config.identity().items():
+    for name, values in _options(run).items():
         option = name.replace('_', '-')
-        if name == 'seed' or value == defaults[name]:
+        if name == 'seed':
             continue
-        if isinstance(value, bool):
-            words.append(f'--{option}' if value else f'--no-{option}')
+        if isinstance(values[0], bool):
+            words.append(f'--{option}' if values[0] else f'--no-{option}')
         else:
-            values = value if isinstance(value, list) else [value]
             words.append(f'--{option} {" ".join(map(str, values))}')
     return ' '.join(words)
 
@@ -336,7 +358,7 @@ def main(options: Options) -> None:
     if options.pictures:
         for experiment in first:
             curves = {
-                f'seed {run.config.seed}': found['files']
+                run.label: found['files']
                 for run, found in zip(runs, facts['runs'], strict=True)
                 if run.experiment == experiment
             }

@@ -199,7 +199,7 @@ def _onnx(params: Tree) -> bytes:
         if kernel.ndim == 4:
             arrays = [kernel.transpose(3, 2, 0, 1), layer['bias']]
             nodes.append(helper.make_node('Conv', [last, *names], [path]))
-            pool = {'kernel_shape': [2, 2], 'strides': [2, 2]}
+            pool: dict[str, Any] = {'kernel_shape': [2, 2], 'strides': [2, 2]}
             nodes.append(helper.make_node('MaxPool', [path], [f'{path}/pool'], **pool))
             last = f'{path}/pool'
         else:
