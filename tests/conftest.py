@@ -33,3 +33,5 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update('jax_disable_most_optimizations', True)
     yield
     jax.config.update('jax_disable_most_optimizations', before)
+    # What was compiled so would go on being used, also where bits are compared.
+    jax.clear_caches()
