@@ -20,7 +20,7 @@ from jax import lax
 
 import svd_jax as svd
 from experiments import config, language_models, loop, pictures, text
-from experiments.training import Training
+from experiments.training import Training, compute_dtype
 
 _EVALUATION_BATCH = 64
 
@@ -73,7 +73,7 @@ class Config(config.Config):
 
 def make_model(options: Config, characters: int) -> nn.Module:
     """The network that the options name."""
-    dtype = None if options.dtype == 'float32' else jnp.dtype(options.dtype)
+    dtype = compute_dtype(options)
     sizes: dict[str, Any] = {} if options.width is None else {'width': options.width}
     if options.model == 'lstm':
         return language_models.LSTM(characters, **sizes, dtype=dtype)

@@ -170,7 +170,7 @@ def _load_tfds(
 ) -> Dataset:
     """Loads from the cache, else from the prepared files, else prepares them first."""
     spec = SPECS[name]
-    root = Path(default_data_dir() if data_dir is None else data_dir).expanduser().resolve()
+    root = data_root(data_dir)
     readable = os.path.isdir(root) and os.access(root, os.R_OK | os.X_OK)
     if data_dir is not None and not readable:
         raise UsageError(
@@ -192,9 +192,10 @@ def _load_tfds(
     return dataset
 
 
-def default_data_dir() -> str:
-    """What TFDS takes by default; asking it would mean importing it."""
-    return os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
+def data_root(data_dir: str | os.PathLike[str] | None) -> Path:
+    """The TFDS data directory; of None, TFDS's default, which to ask would mean importing it."""
+    default = os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
+    return Path(default if data_dir is None else data_dir).expanduser().resolve()
 
 
 def _version_dir(spec: Spec, root: Path) -> Path:

@@ -66,7 +66,7 @@ def _read_file(path: Path) -> list[bytes]:
 
 
 def _read_tfds(data_dir: str | os.PathLike[str] | None) -> list[bytes]:
-    root = Path(data.default_data_dir() if data_dir is None else data_dir).expanduser().resolve()
+    root = data.data_root(data_dir)
     folder = root / NAME / _VERSION
     if not all(any(folder.glob(f'{NAME}-{split}.array_record*')) for split in SPLITS):
         raise UsageError(

@@ -24,6 +24,11 @@ _CHUNK = 100
 _EVALUATION_BATCH = 1000
 
 
+def compute_dtype(config: Config) -> Any:
+    """Flax's ``dtype`` for the layers: None, the type of the parameters, or another."""
+    return None if config.dtype == 'float32' else jnp.dtype(config.dtype)
+
+
 class Training:
     """Trains the networks that a configuration names: one, or one for every seed and KL weight.
 
@@ -50,7 +55,7 @@ class Training:
             'threshold': config.threshold,
             'mask_in_training': config.mask_in_training,
             'kl_method': config.kl,
-            'dtype': None if config.dtype == 'float32' else jnp.dtype(config.dtype),
+            'dtype': compute_dtype(config),
         }
         self.model = network(options=tuple(options.items()))
         count = len(dataset.train_labels)

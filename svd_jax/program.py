@@ -13,7 +13,7 @@ import jax
 from jax.extend import core
 
 # The parameter that holds the program of an equation which only calls it.
-_CALLS = {
+CALLS = {
     'jit': 'jaxpr',
     'pjit': 'jaxpr',
     'closed_call': 'call_jaxpr',
@@ -73,6 +73,11 @@ class Program(NamedTuple):
     tree: Any
 
 
+def closed_jaxpr(jaxpr: Any) -> core.ClosedJaxpr:
+    """A jaxpr with its constants, of which an open one has none."""
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
 def trace(function: Callable[..., Any], *args: Any) -> Program:
     """The program of a function for arguments of these shapes (arrays or ``ShapeDtypeStruct``)."""
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
@@ -95,9 +100,9 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
 
         for eqn in jaxpr.eqns:
             operands = [operand(atom) for atom in eqn.invars]
-            inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ''))
+            inner = eqn.params.get(CALLS.get(eqn.primitive.name, ''))
             if inner is not None:
-                closed = inner if hasattr(inner, 'consts') else core.ClosedJaxpr(inner, ())
+                closed = closed_jaxpr(inner)
                 results = inline(closed.jaxpr, closed.consts, operands)
                 known.update(zip(eqn.outvars, results, strict=True))
                 continue

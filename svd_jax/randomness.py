@@ -23,6 +23,7 @@ from jax import lax
 from jax.extend import core
 
 from svd_jax import conv, linear
+from svd_jax.program import CALLS, closed_jaxpr
 
 Paths = frozenset[str]
 _NONE: Paths = frozenset()
@@ -83,25 +84,15 @@ _MOVES = {
     'transpose',
 }
 
-# What only runs a program, and the parameter that holds it.
-_CALLS = {
-    'jit': 'jaxpr',
-    'pjit': 'jaxpr',
-    'closed_call': 'call_jaxpr',
-    'core_call': 'call_jaxpr',
-    'remat2': 'jaxpr',
-    'checkpoint': 'jaxpr',
-}
-_CHECKPOINTS = ('remat2', 'checkpoint')
-
-
-def _closed(jaxpr: Any) -> core.ClosedJaxpr:
-    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+_CHECKPOINTS = ('remat', 'remat2', 'checkpoint')
 
 
 def _called(eqn: Any) -> core.ClosedJaxpr | None:
-    name = _CALLS.get(eqn.primitive.name)
-    return _closed(eqn.params[name]) if name else None
+    """The program of an operation that only runs it, and has no derivative of its own."""
+    name = eqn.primitive.name
+    if name not in CALLS or name.startswith('custom_'):
+        return None
+    return closed_jaxpr(eqn.params[CALLS[name]])
 
 
 def _keeps_independence(eqn: Any, operands: Sequence[Paths]) -> bool:
@@ -151,7 +142,7 @@ def uses(program: Any, arguments: Sequence[Paths], in_loops: bool) -> Uses:
         in all its rounds. Their noise is new in every round; recurrent networks want one draw for
         all of them (Chirkova, Lobacheva & Vetrov 2018).
     """
-    jaxpr = _closed(program).jaxpr
+    jaxpr = closed_jaxpr(program).jaxpr
     known: dict[Any, Paths] = dict(zip(jaxpr.invars, arguments, strict=True))
 
     def paths_of(atom: Any) -> Paths:
@@ -181,12 +172,9 @@ def _uses_within(eqn: Any, operands: list[Paths], in_loops: bool) -> Uses:
         programs, other = eqn.params['branches'], operands[0]
         operands = operands[1:]
     elif name == 'scan':
-        consts, carried, scanned = _parts(eqn, operands)
-        programs, other = (
-            [eqn.params['jaxpr']],
-            _NONE.union(*carried, *(() if in_loops else consts)),
-        )
-        operands = [*consts, *carried, *scanned]
+        consts, carried, _ = _parts(eqn, operands)
+        programs = [eqn.params['jaxpr']]
+        other = _NONE.union(*carried, *(() if in_loops else consts))
     elif (called := _called(eqn)) is not None:
         programs, other = [called], _NONE
     else:
@@ -194,7 +182,7 @@ def _uses_within(eqn: Any, operands: list[Paths], in_loops: bool) -> Uses:
     found = [uses(program, [paths - other for paths in operands], in_loops) for program in programs]
     linear = _NONE.union(*(f.linear for f in found))
     other = other.union(*(f.other for f in found))
-    if len(found) == 1 and name in _CALLS and name not in _CHECKPOINTS:
+    if len(found) == 1 and name in CALLS and name not in _CHECKPOINTS:
         return Uses(linear, other, found[0].results)
     # Through these, what is returned has to be an array.
     escaping = (paths for f in found for paths in f.results)
@@ -217,7 +205,7 @@ def evaluate(program: Any, keys: Keys, *arguments: Any) -> list[Any]:
       *arguments: arrays, and :class:`Random` ones, of which :func:`uses` knows no other use than
         linear ones.
     """
-    closed = _closed(program)
+    closed = closed_jaxpr(program)
     known: dict[Any, Any] = dict(zip(closed.jaxpr.invars, arguments, strict=True))
     known.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
 

@@ -216,6 +216,7 @@ def _map_weights(
 
 
 def selector(where: Where, paths: list[str]) -> Callable[[str], bool]:
+    """Whether a path is chosen; ``where`` as for :func:`variational`, ``paths`` all there are."""
     if where is None:
         return lambda path: True
     if isinstance(where, str):

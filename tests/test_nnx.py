@@ -2,8 +2,6 @@
 
 import functools
 import inspect
-import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,9 +12,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from scipy import stats
 
 import svd_jax as svd
+from pages import ROOT, code_blocks
+from test_linen import assert_moments
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -240,17 +239,6 @@ def test_no_argument_of_the_twin_is_ignored(name: str) -> None:
     known |= {f'{of}_{what}' for of in ('kernel', 'bias', 'embedding') for what in
               ('init', 'metadata')}  # fmt: skip
     assert set(arguments) <= known | set(layer._same_fields)
-
-
-def assert_moments(samples: np.ndarray, reference: np.ndarray) -> None:
-    """Whether both samples, (draws, outputs), have the same means and variances."""
-    n = len(samples)
-    # Four standard errors of a difference, raised so that all outputs together pass as often.
-    sigmas = stats.norm.isf(stats.norm.sf(4) / samples.shape[1])
-    mean_error = np.sqrt((samples.var(0) + reference.var(0)) / n)
-    assert np.all(np.abs(samples.mean(0) - reference.mean(0)) < sigmas * mean_error)
-    variance_error = np.sqrt(2 / n) * np.hypot(samples.var(0), reference.var(0))
-    assert np.all(np.abs(samples.var(0) - reference.var(0)) < sigmas * variance_error)
 
 
 N = 50_000
@@ -667,8 +655,7 @@ def test_apply_takes_randomness_and_options() -> None:
 
 def test_the_page_about_it_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / 'docs' / 'nnx.md').read_text()
-    code = '\n'.join(re.findall(r'^```python\n(.*?)^```', page, re.DOTALL | re.MULTILINE))
+    code = '\n'.join(code for _, code in code_blocks(ROOT / 'docs' / 'nnx.md'))
     images = jax.random.normal(jax.random.key(1), (4, 28, 28, 1))
     names: dict[str, Any] = {'images': images, 'labels': jnp.arange(4)}
     exec(code, names)

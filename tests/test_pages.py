@@ -1,20 +1,24 @@
-"""The code on the how-to pages runs, from top to bottom."""
+"""The code on the how-to pages runs, from top to bottom, and no page has a dead link."""
 
-import re
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / 'docs'
+from pages import ROOT, code_blocks, dead_links
+
+DOCS = ROOT / 'docs'
 
 
 @pytest.mark.parametrize('page', ['any_model.md'])
 def test_the_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(
-        r'^```python\n(.*?)^```', (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
-    )
+    blocks = code_blocks(DOCS / page)
     assert blocks
     names: dict[str, object] = {}
-    for block in blocks:
+    for _, block in blocks:
         exec(block, names)
+
+
+@pytest.mark.parametrize('page', sorted(DOCS.glob('*.md')), ids=lambda page: page.stem)
+def test_links_exist(page: Path) -> None:
+    assert dead_links(page) == []

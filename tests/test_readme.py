@@ -2,7 +2,6 @@
 
 import functools
 import re
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -11,18 +10,15 @@ import numpy as np
 import optax
 
 import svd_jax as svd
+from pages import ROOT, code_blocks, dead_links, links
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / 'README.md').read_text()
-
-
-def _blocks(language):
-    return re.findall(rf'^```{language}\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
+PAGE = ROOT / 'README.md'
+README = PAGE.read_text()
 
 
 def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _ = _blocks('python')
+    (_, code), _ = code_blocks(PAGE)
     names = {
         'key': jax.random.key(0),
         'x': jax.random.normal(jax.random.key(1), (32, 784)),
@@ -39,7 +35,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
 
 def test_from_a_trained_model_of_flax_to_a_file_in_ten_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, code = _blocks('python')
+    _, (_, code) = code_blocks(PAGE)
     assert code.count('\n') <= 10
     x, y = jax.random.normal(jax.random.key(1), (32, 784)), jnp.arange(32) % 10
     model = nn.Sequential([nn.Dense(30), nn.relu, nn.Dense(10)])
@@ -71,6 +67,5 @@ def test_run_and_test_are_one_command_each():
 
 
 def test_links_and_pictures_exist():
-    targets = re.findall(r'\]\((?!https?:)([^)#]+)\)', README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    assert links(PAGE)
+    assert dead_links(PAGE) == []

@@ -1,7 +1,6 @@
 """What docs/training.md shows works as it stands."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +9,10 @@ from typing import Any
 import jax
 import pytest
 
+from pages import ROOT, code_blocks
+
 pytestmark = pytest.mark.usefixtures('quick_compilation')
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / 'docs' / 'training.md').read_text()
-# The heading over a block, and the block.
-BLOCKS = [
-    (re.findall(r'^#+ (.*)$', PAGE[: match.start()], re.MULTILINE)[-1], match[1])
-    for match in re.finditer(r'^```python\n(.*?)^```', PAGE, re.DOTALL | re.MULTILINE)
-]
-(_, SETUP), *REST = BLOCKS
+(_, SETUP), *REST = code_blocks(ROOT / 'docs' / 'training.md')
 DEVICES = [code for heading, code in REST if heading == 'Several devices']
 ALONE = [(heading, code) for heading, code in REST if heading != 'Several devices']
 
@@ -53,8 +47,3 @@ def test_the_code_for_several_devices_runs_on_two(tmp_path: Path) -> None:
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-
-
-def test_links_exist() -> None:
-    targets = re.findall(r'\]\((?!https?:)([^)#]+)\)', PAGE)
-    assert [target for target in targets if not (ROOT / 'docs' / target).exists()] == []
