@@ -41,10 +41,6 @@ class Config(config.Config):
     """Blocks of the Transformer."""
     batch_size: int = 32
     """Training sequences per step."""
-    log_sigma2_rate: float = 4.0
-    """Learning rate of the log variances, as a multiple of that of everything else."""
-    split: Literal['test', 'validation'] = 'test'
-    """Which split to report on after each epoch; hyperparameters are chosen on validation."""
     # What is for images only.
     validation: tyro.conf.Suppress[int] = 0
     shift: tyro.conf.Suppress[int] = 0
@@ -55,7 +51,6 @@ class Config(config.Config):
         super().__post_init__()
         config.require(self.length >= 2, 'length', 'must be at least 2')
         config.require(self.depth >= 1, 'depth', 'must be at least 1')
-        config.require(self.log_sigma2_rate > 0, 'log_sigma2_rate', 'must be above 0')
         if self.width is not None:
             whole = type(self.width) is int and self.width >= 1
             config.require(whole, 'width', f'must be a whole number from 1, not {self.width!r}')
@@ -93,17 +88,11 @@ class TextTraining(Training):
         # The likelihood of the text is a sum over its characters, the loss a mean over them: the
         # KL is divided by their number, not by that of the sequences.
         self._set_up(options, windows, num_data=len(corpus.train))
-        # A log variance has a way of ten or so to go, a weight one of a tenth, in as many steps.
-        self.tx = optax.chain(
-            self.tx, optax.masked(optax.scale(options.log_sigma2_rate), _is_log_sigma2)
-        )
         self._resident = jnp.asarray(corpus.train)
-        self.evaluated_on = f'{options.split} split'
-        held_out = text.evaluation_windows(
-            getattr(corpus, options.split), options.length, options.length // 2
-        )
-        self._test = tuple(map(_batches, held_out, (0, -1)))
-        self._tested = int(np.sum(held_out[1] >= 0))
+        # One to choose hyperparameters by, the other for the summary alone.
+        self.followed_on, self.evaluated_on = 'validation split', 'test split'
+        self._validation = _evaluation_batches(corpus.validation, options.length)
+        self._test = _evaluation_batches(corpus.test, options.length)
 
     def _order(self, config: Any, epoch: int) -> np.ndarray:
         return text.starts(
@@ -145,12 +134,21 @@ class TextTraining(Training):
         return lax.map(totals, (inputs, targets))
 
     def _scores(self, params: Any) -> dict[str, float]:
-        nats, wrong = jax.device_get(self._totals(params, *self._test))
+        return self._scores_on(self._validation, params)
+
+    def _final_scores(self, params: Any) -> dict[str, float]:
+        validation = self._scores_on(self._validation, params)
         return {
-            'bits_per_character': float(
-                np.sum(nats, dtype=np.float64) / math.log(2) / self._tested
-            ),
-            'test_error': 100 * int(np.sum(wrong)) / self._tested,
+            **self._scores_on(self._test, params),
+            'validation_bits_per_character': validation['bits_per_character'],
+        }
+
+    def _scores_on(self, batches: Any, params: Any) -> dict[str, float]:
+        nats, wrong = jax.device_get(self._totals(params, *batches))
+        counted = int(np.sum(batches[1] >= 0))
+        return {
+            'bits_per_character': float(np.sum(nats, dtype=np.float64) / math.log(2) / counted),
+            'test_error': 100 * int(np.sum(wrong)) / counted,
         }
 
     def _speed(self, examples_per_second: float) -> dict[str, float]:
@@ -171,9 +169,10 @@ class TextTraining(Training):
         return {'model': self._name, **self._ship(folder, params)}
 
 
-def _is_log_sigma2(params: Any) -> Any:
-    """True where a tree has a log variance."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'log_sigma2', params)
+def _evaluation_batches(tokens: np.ndarray, length: int) -> tuple[jax.Array, jax.Array]:
+    """Inputs and targets, (batches, 64, length) each, the last batch filled up with none."""
+    inputs, targets = text.evaluation_windows(tokens, length, length // 2)
+    return _batches(inputs, 0), _batches(targets, -1)
 
 
 def _batches(windows: np.ndarray, fill: int) -> jax.Array:
@@ -184,7 +183,7 @@ def _batches(windows: np.ndarray, fill: int) -> jax.Array:
     return jnp.asarray(padded.reshape(-1, _EVALUATION_BATCH, windows.shape[1]))
 
 
-DEFAULTS = Config(epochs=15, learning_rate=3e-3, log_sigma2_init=-8.0)
+DEFAULTS = Config(epochs=15, learning_rate=3e-3, log_sigma2_init=-8.0, log_sigma2_rate=4.0)
 
 
 def run(options: Config) -> None:

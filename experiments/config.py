@@ -52,6 +52,8 @@ class Config:
     """Of the KL divergence after the warm-up; 1 is the bound. Several train at once."""
     log_sigma2_init: float = -10.0
     """The initial log variance of the noise on every weight."""
+    log_sigma2_rate: float = 1.0
+    """Learning rate of the log variances, as a multiple of that of everything else."""
     threshold: float = 3.0
     """Weights with log alpha at or above it are dropped."""
     mask_in_training: bool = True
@@ -81,6 +83,7 @@ class Config:
         last = self.seed + self.seeds - 1
         require(0 <= self.seed <= last < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
         require(self.learning_rate > 0, 'learning_rate', 'must be above 0')
+        require(self.log_sigma2_rate > 0, 'log_sigma2_rate', 'must be above 0')
         require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')
         begin, end = self.kl_warmup
         require(0 <= begin <= end, 'warmup', 'needs two epochs, 0 <= BEGIN <= END')

@@ -25,7 +25,8 @@ from experiments.training import Training
 
 # What each of several networks has of its own.
 _EACH = (
-    'bits_per_character', 'bits_per_character_mean_weights', 'test_error',
+    'bits_per_character', 'bits_per_character_mean_weights', 'validation_bits_per_character',
+    'test_error',
     'test_error_mean_weights', 'compression', 'nonzero', 'file_bytes',
 )  # fmt: skip
 
@@ -90,8 +91,8 @@ def _train(
     if not done:
         _save_frames(folders, 0, training, state)
     title = f'{experiment}, {config.method}, {facts["dataset"]}, ' + ', '.join(alone)
-    if config.validation:
-        title += f', tested on {config.validation} held-out images'
+    if training.followed_on != 'test set':
+        title += f', tested after each epoch on: {training.followed_on}'
     with contextlib.ExitStack() as opened:
 
         def report(folder: Path, console: Console) -> Report:

@@ -40,8 +40,12 @@ class Training:
       dataset: as given, on the host.
       names: of the networks, as in :meth:`experiments.config.Config.alone`.
       steps: of an epoch.
+      followed_on: what the errors after each epoch are measured on.
+      evaluated_on: what those of the summary are.
     """
 
+    followed_on: str
+    evaluated_on: str
     # What there is depends on the kind of data.
     dataset: Any
     model: Any
@@ -61,6 +65,7 @@ class Training:
         count = len(dataset.train_labels)
         self._set_up(config, count, num_data=count)
         self.evaluated_on = f'{config.validation} held out' if config.validation else 'test set'
+        self.followed_on = self.evaluated_on
         self._mean = jnp.asarray(data.mean_image(dataset.train_images))[None]
         self._resident = None if self._streams() else (
             jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
@@ -90,6 +95,10 @@ class Training:
         # The paper's authors minimise N times this loss, with an eps of 1e-8: this is the same. A
         # weight that is about to be dropped has gradients of about 1e-8 here.
         self.tx = optax.adam(self.learning_rate, eps=1e-8 / num_data)
+        if config.log_sigma2_rate != 1:
+            self.tx = optax.chain(
+                self.tx, optax.masked(optax.scale(config.log_sigma2_rate), _is_log_sigma2)
+            )
         self._warmup = svd.kl_warmup_for(
             self._count, config.batch_size, config.epochs, config.kl_warmup
         )
@@ -212,13 +221,17 @@ class Training:
         return lax.map(errors, (images, labels)).sum()
 
     def _scores(self, params: Any) -> dict[str, float]:
-        """How good a dense or a sparse network is on the test set, by the name of the measure."""
+        """How good a dense or a sparse network is after an epoch, by the name of the measure."""
         wrong = int(self._errors(params, *self._test))
         return {'test_error': 100 * wrong / len(self.dataset.test_labels)}
 
-    def _scores_at(self, params: Any, threshold: float) -> dict[str, float]:
-        """Those of the network that would ship with this threshold."""
-        return self._scores(svd.sparsify(params, threshold) if self.variational else params)
+    def _final_scores(self, params: Any) -> dict[str, float]:
+        """How good it is in the end."""
+        return self._scores(params)
+
+    def _left(self, params: Any, threshold: float) -> Any:
+        """The network that would ship with this threshold."""
+        return svd.sparsify(params, threshold) if self.variational else params
 
     def epoch(
         self, state: svd.TrainState, epoch: int, advance: Any
@@ -261,7 +274,7 @@ class Training:
             row = {
                 'epoch': epoch, 'loss': mean['loss'], 'data_term': mean['data_term'],
                 'learning_rate': learning_rate, 'train_error': 100 * mean['error'],
-                **self._scores_at(own.params, self.config.threshold),
+                **self._scores(self._left(own.params, self.config.threshold)),
                 **self._counts(own),
                 'skipped_steps': int((~finite).sum()), 'seconds': seconds,
                 **self._speed(orders[i].size / seconds),
@@ -298,7 +311,7 @@ class Training:
 
     def _ship(self, folder: Path, params: Any) -> dict[str, Any]:
         """Writes the network that is left, exactly."""
-        left = svd.sparsify(params, self.config.threshold) if self.variational else params
+        left = self._left(params, self.config.threshold)
         return {'file_bytes': svd.save(folder / 'model.svd', left)}
 
     def results(self, state: svd.TrainState) -> list[dict[str, Any]]:
@@ -307,14 +320,19 @@ class Training:
             {
                 'method': 'sparse_vd' if self.variational else 'dense',
                 'dataset': self.dataset.name, 'seed': config.seed, 'epochs': config.epochs,
-                **self._scores_at(own.params, config.threshold),
-                **_mean_weights(self._scores_at(own.params, float('inf'))),
+                **self._final_scores(self._left(own.params, config.threshold)),
+                **_mean_weights(self._final_scores(self._left(own.params, float('inf')))),
                 'evaluated_on': self.evaluated_on,
                 **self._counts(own),
                 'config': config.identity(),
             }
             for config, own in zip(self._configs, self.split(state), strict=True)
         ]  # fmt: skip
+
+
+def _is_log_sigma2(params: Any) -> Any:
+    """True where a tree has a log variance."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'log_sigma2', params)
 
 
 def _mean_weights(scores: dict[str, float]) -> dict[str, float]:
