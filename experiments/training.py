@@ -94,11 +94,10 @@ class Training:
         )
         # The paper's authors minimise N times this loss, with an eps of 1e-8: this is the same. A
         # weight that is about to be dropped has gradients of about 1e-8 here.
-        self.tx = optax.adam(self.learning_rate, eps=1e-8 / num_data)
-        if config.log_sigma2_rate != 1:
-            self.tx = optax.chain(
-                self.tx, optax.masked(optax.scale(config.log_sigma2_rate), _is_log_sigma2)
-            )
+        self._dense_tx = self.tx = optax.adam(self.learning_rate, eps=1e-8 / num_data)
+        if self.variational and config.log_sigma2_rate != 1:
+            rate = optax.scale(config.log_sigma2_rate)
+            self.tx = optax.chain(self._dense_tx, optax.masked(rate, _is_log_sigma2))
         self._warmup = svd.kl_warmup_for(
             self._count, config.batch_size, config.epochs, config.kl_warmup
         )
@@ -168,7 +167,8 @@ class Training:
 
     def dense_state(self) -> svd.TrainState:
         """A state of the dense network, as a run with ``--method dense`` has it."""
-        return svd.TrainState.create({'params': self._dense_params(self._init_keys[0])}, self.tx)
+        params = self._dense_params(self._init_keys[0])
+        return svd.TrainState.create({'params': params}, self._dense_tx)
 
     def _dense_params(self, key: jax.Array) -> Any:
         """Random parameters of the network without any posterior."""

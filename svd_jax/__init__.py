@@ -21,6 +21,7 @@ from svd_jax import nnx as nnx
 from svd_jax._version import __version__ as __version__
 from svd_jax.compaction import Compact as Compact
 from svd_jax.compaction import compact as compact
+from svd_jax.compaction import fold as fold
 from svd_jax.diagnosis import Diagnosis as Diagnosis
 from svd_jax.diagnosis import Sparsity as Sparsity
 from svd_jax.diagnosis import diagnose as diagnose

@@ -21,7 +21,7 @@ from flax.core import meta
 from svd_jax import backend, table
 from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
 from svd_jax.rules import RULES, Fixed, Units, Use, View, everything
-from svd_jax.tree import LOG_SIGMA2
+from svd_jax.tree import LOG_SIGMA2, PerPath, sparsify
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -193,11 +193,75 @@ def compact(model: Any, variables: PyTree, *example: Any, **options: Any) -> Com
       True
     """
     variables = meta.unbox(variables)
+    posterior = _posterior(variables)
+    if posterior is not None:
+        raise ValueError(f'{posterior} is a posterior: pass what svd_jax.sparsify returns')
+    return _Analysis(_function(model, variables, options), variables, example).result()
+
+
+def fold(
+    model: Any, variables: PyTree, *example: Any, threshold: PerPath = 3.0, **options: Any
+) -> PyTree:
+    """The same tree without what has no effect: fewer numbers to store, for the same outputs.
+
+    A bias of a unit that no weight reads, and weights into it, become zero; so do those out of a
+    unit that is constant, once the constant is in the next bias. Where there is no such bias, or
+    another use of the same weights, they stay. :func:`compact` removes the units themselves.
+
+    Args:
+      model: as for :func:`compact`.
+      variables: as for :func:`compact`; or variational, to be saved with a tolerance.
+      example: as for :func:`compact`.
+      threshold: at which log alpha the weights of a variational tree will be dropped.
+      options: as for :func:`compact`.
+
+    Returns:
+      A tree of the same structure and shapes. In a variational one, weights that are dropped have a
+      mean of zero. Only parameters change, no other collection.
+
+    Raises:
+      ValueError: a pattern of ``threshold`` or a path is not matched.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import svd_jax as svd
+      >>> model = nn.Sequential([nn.Dense(2), nn.relu, nn.Dense(1)])
+      >>> first = {'kernel': jnp.asarray([[1.0, 0.0]]), 'bias': jnp.asarray([1.0, 2.0])}
+      >>> second = {'kernel': jnp.asarray([[1.0], [3.0]]), 'bias': jnp.asarray([0.5])}
+      >>> params = {'layers_0': first, 'layers_2': second}
+      >>> folded = svd.fold(model, params, jnp.ones((1, 1)))
+      >>> folded['layers_0']['bias'].tolist(), folded['layers_2']
+      ([1.0, 0.0], {'bias': Array([6.5], dtype=float32), 'kernel': Array([[1.],
+             [0.]], dtype=float32)})
+    """
+    variables = meta.unbox(variables)
+    if _posterior(variables) is None:
+        function = _function(model, variables, options)
+        return _Analysis(function, variables, example, same_shapes=True).folded()
+    if _with_collections(variables):
+        dense = {**variables, 'params': sparsify(variables['params'], threshold)}
+    else:
+        dense = sparsify(variables, threshold)
+    leaves = dict(jax.tree_util.tree_leaves_with_path(fold(model, dense, *example, **options)))
+    # log_sigma2, which is not among them, stays.
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path, leaf), variables)
+
+
+def _with_collections(variables: PyTree) -> bool:
+    return isinstance(variables, Mapping) and 'params' in variables
+
+
+def _posterior(variables: PyTree) -> str | None:
+    """The path of some ``log_sigma2``, if there is one."""
     for path, _ in jax.tree_util.tree_leaves_with_path(variables):
         if path and _name(path[-1]) == LOG_SIGMA2:
-            where = '/'.join(map(_name, path))
-            raise ValueError(f'{where} is a posterior: pass what svd_jax.sparsify returns')
-    within = isinstance(variables, Mapping) and 'params' in variables
+            return '/'.join(map(_name, path))
+    return None
+
+
+def _function(model: Any, variables: PyTree, options: dict[str, Any]) -> Callable[..., Any]:
+    """The network as a function of its tree and its inputs."""
+    within = _with_collections(variables)
     run = getattr(model, 'apply', model)
 
     def function(tree: PyTree, *inputs: Any) -> Any:
@@ -205,7 +269,7 @@ def compact(model: Any, variables: PyTree, *example: Any, **options: Any) -> Com
         with backend.override('accelerator'):
             return run(tree if within else {'params': tree}, *inputs, **options)
 
-    return _Analysis(function, variables, example).result()
+    return function
 
 
 class _Runner:
@@ -268,11 +332,14 @@ class _Runner:
 class _Analysis:
     """Forwards, backwards, and the plan that comes of it."""
 
-    def __init__(self, function: Callable[..., Any], tree: PyTree, example: tuple) -> None:
-        self._function, self._tree = function, tree
+    def __init__(
+        self, function: Callable[..., Any], tree: PyTree, example: tuple, same_shapes: bool = False
+    ) -> None:
+        self._function, self._tree, self._same_shapes = function, tree, same_shapes
         program = self._program = trace(function, tree, *example)
         leaves = jax.tree.leaves(tree)
         self._weights = program.inputs[: len(leaves)]
+        self._paths = dict(zip(self._weights, map(_path, _leaf_paths(tree)), strict=True))
         self._whole = {*program.inputs[len(leaves) :], *program.constants}
         self._values = {
             number: _as_numpy(value)
@@ -330,7 +397,8 @@ class _Analysis:
     def _kept(self, number: int) -> Units:
         """The units that the smaller array of a value has: those that are read and vary."""
         units = [np.array(u) for u in self._needed[number]]
-        fixed = self._fixed.get(number)
+        # In arrays of the same shapes a unit that is read is there, constant or not.
+        fixed = None if self._same_shapes else self._fixed.get(number)
         if fixed is not None and (units[fixed.axis] & ~fixed.units).any():
             units[fixed.axis] &= ~fixed.units
         return tuple(units)
@@ -360,7 +428,11 @@ class _Analysis:
         use = None
         if rule is not None and len(equation.outputs) == 1:
             (number,) = equation.outputs
-            use = rule.use(equation, views, self._values[number].shape, self._kept(number))
+            shape, wanted = self._values[number].shape, self._kept(number)
+            use = rule.use(equation, views, shape, wanted)
+            if self._same_shapes and use is not None and not self._can_fold(equation, use):
+                varying = [view._replace(fixed=None) for view in views]
+                use = rule.use(equation, varying, shape, wanted)
         reason = 'no rule for it' if use is None else use.left
         if reason and any(view.fixed is not None for view in views):
             name = f'{equation.where or "the model"}: {equation.primitive.name}: {reason}'
@@ -376,20 +448,12 @@ class _Analysis:
         return self._made.get(number) or self._kept(number)
 
     def result(self) -> Compact:
-        paths = [
-            tuple(map(_name, path)) for path, _ in jax.tree_util.tree_leaves_with_path(self._tree)
-        ]
-        self._paths = dict(zip(self._weights, paths, strict=True))
         self._made = {
             self._program.equations[at].outputs[0]: use.makes
             for at, use in self._uses.items()
             if use is not None
         }
-        arrays = {
-            self._paths[number]: self._values[number][np.ix_(*self._kept(number))]
-            for number in self._weights
-            if number in self._needed
-        }
+        arrays = self._arrays()
         steps = []
         for at in sorted(self._uses):
             equation, use = self._program.equations[at], self._uses[at]
@@ -417,6 +481,31 @@ class _Analysis:
         )
         return Compact(params, jax.jit(runner), report)
 
+    def folded(self) -> PyTree:
+        """The tree with zeros in the place of the units that are not kept."""
+        arrays = self._arrays()
+        for at, use in self._uses.items():
+            if use is not None and use.bias is not None:
+                assert self._place_bias(self._program.equations[at], use, arrays) is None
+        leaves, within = [], _with_collections(self._tree)
+        for number, leaf in zip(self._weights, jax.tree.leaves(self._tree), strict=True):
+            path = self._paths[number]
+            if (not within or path[0] == 'params') and self._consumers(number):
+                whole = np.zeros_like(self._values[number])
+                if path in arrays:
+                    whole[np.ix_(*self._kept(number))] = arrays[path]
+                leaf = jnp.asarray(whole)
+            leaves.append(leaf)
+        return jax.tree.unflatten(jax.tree.structure(self._tree), leaves)
+
+    def _arrays(self) -> dict[Path, np.ndarray]:
+        """The units that are kept of every array of which some are read."""
+        return {
+            self._paths[number]: self._values[number][np.ix_(*self._kept(number))]
+            for number in self._weights
+            if number in self._needed
+        }
+
     def _fit(self, operand: Operand, reads: Units) -> _Fit | None:
         if isinstance(operand, Constant):
             return None
@@ -432,9 +521,11 @@ class _Analysis:
         ]  # fmt: skip
 
     def _consumers(self, number: int) -> list[int]:
+        # Where arrays keep their shapes, what is not read is computed too.
+        equations = range(len(self._program.equations)) if self._same_shapes else self._uses
         return [
             at
-            for at in self._uses
+            for at in equations
             for operand in self._program.equations[at].inputs
             if operand == number
         ] + [-1 for output in self._program.outputs if output == number]
@@ -453,6 +544,27 @@ class _Analysis:
             operand = maker.inputs[0]
         return None
 
+    def _following_bias(self, equation: Equation, use: Use) -> int | None:
+        """The leaf that is added next, to this result alone, if it can take on the constants."""
+        assert use.bias is not None
+        (number,) = equation.outputs
+        consumers = self._consumers(number)
+        if len(consumers) != 1 or consumers == [-1]:
+            return None
+        follower = self._program.equations[consumers[0]]
+        others = [operand for operand in follower.inputs if operand != number]
+        if follower.primitive.name != 'add' or not others:
+            return None
+        leaf = self._weight_of(others[0], alone=True)
+        return leaf if leaf is not None and self._values[leaf].shape == use.bias[1].shape else None
+
+    def _can_fold(self, equation: Equation, use: Use) -> bool:
+        """Whether constants can go where there is already a place for them, and no other use."""
+        return use.bias is None or (
+            self._following_bias(equation, use) is not None
+            and any(self._weight_of(i, alone=True) is not None for i in equation.inputs)
+        )
+
     def _place_bias(
         self, equation: Equation, use: Use, arrays: dict[Path, np.ndarray]
     ) -> tuple[Path, int] | None:
@@ -460,15 +572,11 @@ class _Analysis:
         assert use.bias is not None
         axis, bias = use.bias
         (number,) = equation.outputs
-        consumers = self._consumers(number)
-        follower = self._program.equations[consumers[0]] if consumers != [-1] else None
-        if len(consumers) == 1 and follower is not None and follower.primitive.name == 'add':
-            others = [operand for operand in follower.inputs if operand != number]
-            leaf = self._weight_of(others[0], alone=True) if others else None
-            if leaf is not None and self._values[leaf].shape == bias.shape:
-                path, dtype = self._paths[leaf], self._values[leaf].dtype
-                arrays[path] = (arrays[path] + bias[np.ix_(*self._kept(leaf))]).astype(dtype)
-                return None
+        leaf = self._following_bias(equation, use)
+        if leaf is not None:
+            path, dtype = self._paths[leaf], self._values[leaf].dtype
+            arrays[path] = (arrays[path] + bias[np.ix_(*self._kept(leaf))]).astype(dtype)
+            return None
         kernel = next(filter(None, map(self._weight_of, reversed(equation.inputs))), None)
         path = self._paths[kernel][:-1] if kernel is not None else ()
         path = (*path, 'constant')
@@ -500,6 +608,14 @@ class _Analysis:
 
 def _product(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
     return math.prod(shape[a] for a in axes)
+
+
+def _leaf_paths(tree: PyTree) -> list[Any]:
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _path(keys: Any) -> Path:
+    return tuple(map(_name, keys))
 
 
 def _name(key: Any) -> str:

@@ -294,3 +294,106 @@ def test_any_pattern_of_zeros(seed: int, density: float, padding: str) -> None:
     )
     small = svd.compact(model, params, x)
     assert_same(small(-x), model.apply({'params': params}, -x))
+
+
+# Folded: the same shapes, without what has no effect.
+
+
+def zeros(tree: Any) -> int:
+    return sum(int(np.sum(np.asarray(leaf) == 0)) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_a_folded_tree_gives_the_same_outputs(name: str) -> None:
+    model, variables, x, options = sparse_network(name)
+    folded = svd.fold(model, variables, x, **options)
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, variables)
+    assert zeros(folded) > zeros(variables)
+    others = jnp.concatenate([x, -2 * x, x**2])
+    found, wanted = (
+        jax.jit(lambda v, x: model.apply(v, x, **options))(v, others) for v in (folded, variables)
+    )
+    assert_same(found, wanted)
+    for collection in variables.keys() - {'params'}:
+        assert folded[collection] is not None
+        np.testing.assert_equal(folded[collection], variables[collection])
+    again = svd.fold(model, folded, x, **options)
+    assert zeros(again) == zeros(folded)
+
+
+def test_folding_moves_a_constant_and_forgets_what_is_not_read() -> None:
+    params, x = two_layers(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
+    folded = svd.fold(TwoLayers(), params, x)
+    first, second = params['Dense_0'], params['Dense_1']
+    read = np.array([False, True, False, True])  # unit 0 is constant at 0.5, nothing reads unit 2
+    wanted = {
+        'Dense_0': {'kernel': first['kernel'] * read, 'bias': first['bias'] * read},
+        'Dense_1': {
+            'kernel': second['kernel'] * read[:, None],
+            'bias': second['bias'] + 0.5 * second['kernel'][0],
+        },
+    }
+    assert jax.tree.structure(folded) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, folded, wanted)
+
+
+def test_a_constant_stays_where_no_bias_can_take_it() -> None:
+    params, x = two_layers(), jnp.asarray([[1.0, 2, 3]])
+    del params['Dense_1']['bias']
+    folded = svd.fold(TwoLayers(bias=False), params, x)
+    assert folded['Dense_0']['bias'][0] == np.float32(0.5)
+    np.testing.assert_array_equal(folded['Dense_1']['kernel'], params['Dense_1']['kernel'])
+    np.testing.assert_array_equal(np.flatnonzero(folded['Dense_0']['bias']), [0, 1, 3])
+
+
+def test_a_constant_stays_where_its_weights_have_another_use() -> None:
+    """At the second use the unit is not constant, so that its weights must not become zero."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            shared = nn.Dense(2)
+            return shared(nn.sigmoid(nn.Dense(2)(x))) * shared(nn.sigmoid(nn.Dense(2)(x)))
+
+    model, x = Twice(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
+    params = jax.tree.map(np.array, model.init(jax.random.key(0), x)['params'])
+    for layer in params.values():
+        layer['bias'] += 0.7
+    constant = next(name for name, layer in params.items() if layer['kernel'].shape == (3, 2))
+    params[constant]['kernel'][:, 1] = 0
+    folded = svd.fold(model, params, x)
+    assert_same(model.apply({'params': folded}, -x), model.apply({'params': params}, -x))
+
+
+def test_a_variational_tree_stays_one_and_ships_the_folded_network() -> None:
+    model, x = TwoLayers(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
+    params = svd.variational(two_layers(), log_sigma2_init=-8.0)
+    log_sigma2 = params['Dense_1']['log_sigma2'].at[1].set(9.0)  # drops what read unit 1
+    params['Dense_1']['log_sigma2'] = log_sigma2
+    for tree in (params, {'params': params}):
+        folded = svd.fold(model, tree, x)
+        assert jax.tree.structure(folded) == jax.tree.structure(tree)
+        inner = folded.get('params', folded)
+        assert inner['Dense_1']['log_sigma2'] is log_sigma2
+        shipped = svd.sparsify(inner)
+        jax.tree.map(
+            np.testing.assert_array_equal, shipped, svd.fold(model, svd.sparsify(params), x)
+        )
+        np.testing.assert_array_equal(np.flatnonzero(inner['Dense_0']['bias']), [3])
+        assert not np.any(inner['Dense_1']['kernel'][1])
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from(['SAME', 'VALID']))
+@hypothesis.settings(max_examples=10)
+def test_folding_any_pattern_of_zeros(seed: int, density: float, padding: str) -> None:
+    rng, model = np.random.default_rng(seed), Small(padding)
+    x = jnp.asarray(rng.normal(size=(2, 5, 5, 2)), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
+    params = jax.tree.map(
+        lambda leaf: np.float32(rng.normal(size=leaf.shape) * (rng.random(leaf.shape) < density)),
+        shapes,
+    )
+    folded = svd.fold(model, params, x)
+    assert zeros(folded) >= zeros(params)
+    wanted = model.apply({'params': params}, -x)
+    assert_same(model.apply({'params': folded}, -x), wanted)

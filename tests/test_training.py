@@ -112,7 +112,8 @@ def test_resumed_they_end_with_the_same_bits(four: Path, tmp_path: Path) -> None
 def test_one_of_several_dense_networks_is_a_start(tmp_path: Path) -> None:
     dense = tmp_path / 'dense'
     run(dense, '--epochs', '1', '--method', 'dense', '--seeds', '2')
-    options = ('--epochs', '1', '--learning-rate', '1e-30', '--pretrained', str(dense / 'seed1'))
+    start = ('--pretrained', str(dense / 'seed1'), '--log-sigma2-rate', '3')
+    options = ('--epochs', '1', '--learning-rate', '1e-30', *start)
     run(tmp_path / 'sparse', *options)
     found = params_of(tmp_path / 'sparse', 1)['Dense_0']['kernel']
     np.testing.assert_array_equal(found, params_of(dense / 'seed1', 1)['Dense_0']['kernel'])
