@@ -73,11 +73,17 @@ class Options:
 
 
 class Run(NamedTuple):
-    """A network that was trained, and the data that it saw."""
+    """A network that was trained, folded (see :func:`svd_jax.fold`), and its data.
+
+    Attributes:
+      dataset: the images that it was trained on, and those that its files are evaluated on.
+      held_out: whether the latter are what it held out of the training images, not the test set.
+    """
 
     experiment: str
     config: Config
     dataset: data.Dataset
+    held_out: bool
     params: Any
     epoch: int
 
@@ -111,11 +117,17 @@ def _options(run: Run) -> dict[str, list[Any]]:
     }
 
 
-def read_run(folder: Path, data_dir: Path | None) -> Run:
+def read_run(folder: Path, data_dir: Path | None, held_out: bool = False) -> Run:
     """Reads the last checkpoint of a run.
 
+    Args:
+      folder: its output folder.
+      data_dir: as for the experiments.
+      held_out: evaluate on what it held out of the training images, not on the test set.
+
     Raises:
-      UsageError: the folder holds no run by Sparse Variational Dropout of a network known here.
+      UsageError: the folder holds no run by Sparse Variational Dropout of a network known here, or
+        it held nothing out.
     """
     try:
         facts = json.loads((folder / 'run.json').read_bytes())
@@ -131,16 +143,27 @@ def read_run(folder: Path, data_dir: Path | None) -> Run:
         k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in fields
     }
     config = Config(**options)
+    if held_out and not config.validation:
+        raise UsageError(f'{folder} held nothing out: train it with --validation')
     dataset = data.load(config.dataset, data_dir)
     if config.validation:
-        dataset = data.validation_split(dataset, config.validation)
+        split = data.validation_split(dataset, config.validation)
+        test = {} if held_out else {
+            'test_images': dataset.test_images, 'test_labels': dataset.test_labels
+        }  # fmt: skip
+        dataset = split._replace(**test)
     like = Training(NETWORKS[experiment], config, dataset).init()
     checkpoints = Checkpoints(folder / 'checkpoints', experiment, 'train it again', print)
     found = checkpoints.restore(like)
     if found is None:
         raise UsageError(f'{folder} holds no checkpoint: pass a run that has saved one')
     state, saved = found
-    return Run(experiment, config, dataset, jax.device_get(state.params), saved['epoch'])
+    image = np.zeros((1, *dataset.test_images.shape[1:]), np.float32)
+    params = svd.fold(
+        NETWORKS[experiment](), state.params, image,
+        threshold=config.threshold, deterministic=True,
+    )  # fmt: skip
+    return Run(experiment, config, dataset, held_out, jax.device_get(params), saved['epoch'])
 
 
 def evaluate(
@@ -323,9 +346,7 @@ def main(options: Options) -> None:
         raise UsageError('--ship needs a tolerance: pass --held-out, a run to choose it on')
     console = Console(highlight=False)
     runs = [read_run(folder, options.data_dir) for folder in options.runs]
-    held_out = options.held_out and read_run(options.held_out, options.data_dir)
-    if held_out and not held_out.config.validation:
-        raise UsageError(f'{options.held_out} held nothing out: train it with --validation')
+    held_out = options.held_out and read_run(options.held_out, options.data_dir, held_out=True)
     facts: dict[str, Any] = {'runs': []}
     tables: list[Shown] = []
 
@@ -339,7 +360,7 @@ def main(options: Options) -> None:
             rows = measure(run, options.tolerances, lambda: progress.advance(task))
         counts = svd.sparsity(run.params, run.config.threshold)
         title = f'{run}: {counts.nonzero:,} of {counts.total:,} weights kept'
-        show(files_report.curve(title, 'held-out' if run.config.validation else 'test', rows))
+        show(files_report.curve(title, 'held-out' if run.held_out else 'test', rows))
         return rows
 
     if held_out:

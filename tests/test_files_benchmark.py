@@ -19,7 +19,7 @@ from experiments import data, lenet300, models
 from experiments.checkpoint import Checkpoints
 from experiments.errors import UsageError
 from experiments.training import Training
-from run_folders import summary_of
+from run_folders import params_of, summary_of
 from test_pretrained import PLAIN
 
 
@@ -124,13 +124,21 @@ def test_evaluation_is_that_of_plain_flax():
     assert loss == pytest.approx(np.mean(np.log(np.exp(logits).sum(1)) - chosen), rel=1e-4)
 
 
+def split() -> data.Dataset:
+    return data.validation_split(data.load('mnist5k'), 200)
+
+
+def exact(folder: Path) -> dict:
+    """The network that is left of a run, as it was trained."""
+    return svd.sparsify(params_of(folder))
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run that held images out, as far as a benchmark reads it."""
     out = tmp_path_factory.mktemp('trained')
     options = dataclasses.replace(lenet300.DEFAULTS, dataset='mnist5k', epochs=1, validation=200)
-    dataset = data.validation_split(data.load('mnist5k'), 200)
-    training = Training(models.LeNet300, options, dataset)
+    training = Training(models.LeNet300, options, split())
     state = training.init()
     # Smaller weights are dropped; what is left is about as uncertain as trained weights are.
     log_sigma2 = jax.tree.map(lambda leaf: jnp.full_like(leaf, -9), state.params)
@@ -163,9 +171,15 @@ def test_a_run_measures_draws_and_ships(trained, tmp_path, capsys):
     ]  # fmt: skip
     sizes = [row['bytes'] for row in run['files']]
     assert sizes == sorted(sizes, reverse=True)
-    summary = summary_of(trained)
-    assert measured['float32, exact']['test_error'] == pytest.approx(summary['test_error'])
-    assert measured['float32, exact']['nonzero'] == summary['nonzero']
+    summary, held_out = summary_of(trained), report['held_out']['files'][0]
+    # The summary is of the held-out images; the curve of the run itself is of the test set.
+    assert held_out['test_error'] == pytest.approx(summary['test_error'])
+    everything = data.load('mnist5k')
+    images = everything.test_images / np.float32(255) - split().train_images.mean(0) / 255
+    wrong = np.argmax(PLAIN['lenet300'].apply({'params': exact(trained)}, images), -1)
+    wrong = 100 * np.mean(wrong != everything.test_labels)
+    assert measured['float32, exact']['test_error'] == pytest.approx(wrong)
+    assert 0 < measured['float32, exact']['nonzero'] <= summary['nonzero']  # folded
     assert report['held_out']['chosen'] in (0.1, 0.5)
 
     (shipped,) = report['shipped']
@@ -175,9 +189,8 @@ def test_a_run_measures_draws_and_ships(trained, tmp_path, capsys):
         '--warmup 0.1 0.75 --validation 200'
     )
     assert shipped['command'] in (tmp_path / 'README.md').read_text()
-    dataset = data.validation_split(data.load('mnist5k'), 200)
     mean = svd.load(tmp_path / 'mean_image.svd')
-    np.testing.assert_allclose(mean, dataset.train_images.mean(0), atol=0.5)
+    np.testing.assert_allclose(mean, split().train_images.mean(0), atol=0.5)
     assert (tmp_path / 'bytes_lenet300.png').read_bytes().startswith(b'\x89PNG')
     assert 'numpy.savez_compressed' in capsys.readouterr().out
     before, tables, after = page.read_text().split(files_report.MARK)
