@@ -148,10 +148,9 @@ def read_run(folder: Path, data_dir: Path | None, held_out: bool = False) -> Run
     dataset = data.load(config.dataset, data_dir)
     if config.validation:
         split = data.validation_split(dataset, config.validation)
-        test = {} if held_out else {
-            'test_images': dataset.test_images, 'test_labels': dataset.test_labels
-        }  # fmt: skip
-        dataset = split._replace(**test)
+        dataset = split if held_out else split._replace(
+            test_images=dataset.test_images, test_labels=dataset.test_labels
+        )  # fmt: skip
     like = Training(NETWORKS[experiment], config, dataset).init()
     checkpoints = Checkpoints(folder / 'checkpoints', experiment, 'train it again', print)
     found = checkpoints.restore(like)

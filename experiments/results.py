@@ -1,0 +1,603 @@
+"""Writes docs/results.md, and its pictures, from the summaries in experiments/results.
+
+With --check it writes nothing, and fails if the page is not up to date.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from experiments import published
+from experiments.errors import UsageError
+from experiments.pictures import BLUE, GREEN, GREY, ORANGE, PINK, RED
+from experiments.summaries import (
+    Group,
+    Run,
+    but_for_seed,
+    command,
+    defaults_of,
+    grouped,
+    make_run,
+    read,
+    stretches,
+    with_options,
+)
+
+ROOT = Path(__file__).parents[1]
+COMMAND = 'python -m experiments.results'
+
+Summary = dict[str, Any]
+Cells = dict[str, str]  # a row of a table, by heading
+
+ERROR, BITS, COMPRESSION = 'error %', 'bits per character', 'weights / nonzero'
+TRAINING_ERROR, VALIDATION_BITS = 'training error %', 'validation bits per character'
+ZEROS, FROM = 'zeros per layer %', 'source or command'
+CONSTANTS = ('k1', 'k2', 'k3')
+# Of a table by number of weights.
+COLUMNS = (
+    '', 'epochs', 'seeds', TRAINING_ERROR, ERROR, VALIDATION_BITS, BITS, COMPRESSION, ZEROS,
+    'training', 'device', FROM,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """From what, and where to."""
+
+    check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write nothing; fail if the page is not up to date."""
+    results: Annotated[Path, tyro.conf.arg(metavar='DIR')] = ROOT / 'experiments/results'
+    """Folder of the summaries."""
+    page: Annotated[Path, tyro.conf.arg(metavar='FILE')] = ROOT / 'docs/results.md'
+    """The page; its pictures go into the folder pictures beside it."""
+
+
+class Open(NamedTuple):
+    """A run that is still to be made.
+
+    Attributes:
+      what: it is.
+      options: of its command, in their order.
+      needs: what it takes.
+    """
+
+    what: str
+    options: dict[str, Any]
+    needs: str
+
+
+class Section(NamedTuple):
+    """A section of the page.
+
+    Attributes:
+      experiment: whose results it shows.
+      title: its heading.
+      text: what is to be said of it, in Markdown.
+      open: runs that it should have.
+      dataset: of its runs, where nothing else is said; none if its results are not of runs.
+      picture: whether it has one.
+    """
+
+    experiment: str
+    title: str
+    text: str
+    open: list[Open]
+    dataset: str | None = None
+    picture: bool = False
+
+
+def _vgg_runs() -> list[Open]:
+    """Dense, then Sparse VD from there, by width."""
+    found = []
+    for dataset, k in itertools.product(('cifar10', 'cifar100'), (0.25, 0.5, 1, 1.5)):
+        folder = Path(f'runs/vgg-{dataset}-dense-k{k:g}')
+        shared = {'dataset': dataset, 'k': k}
+        found += [
+            Open(f'dense, k = {k:g}, {dataset}', {**shared, 'method': 'dense', 'out': folder},
+                 'a GPU'),
+            Open(f'Sparse VD, k = {k:g}, {dataset}', {**shared, 'pretrained': folder}, 'a GPU'),
+        ]  # fmt: skip
+    return found
+
+
+SECTIONS = [
+    Section(
+        'lenet300', 'LeNet-300-100 on MNIST',
+        'A network of 266,200 weights: 784-300-100-10.',
+        [
+            Open(
+                'Sparse VD, shifted images and a KL weight of 2, five seeds',
+                {'dataset': 'mnist', 'seeds': 5, 'kl_weight': (2.0,), 'shift': 1},
+                'a GPU, or about 1.5 hours on two CPU cores',
+            ),
+        ],
+        'mnist', picture=True,
+    ),
+    Section(
+        'lenet5', 'LeNet-5-Caffe on MNIST',
+        'A network of 430,500 weights: two convolutions of 20 and 50 filters, 500 units and 10.',
+        [
+            Open(
+                'Sparse VD, five seeds', {'dataset': 'mnist', 'seeds': 5},
+                'a GPU, or about 8 hours on two CPU cores',
+            ),
+        ],
+        'mnist', picture=True,
+    ),
+    Section(
+        'vgg', 'VGG-like networks on CIFAR, by width',
+        'The paper trains networks of k times 64 to 512 filters, k being 0.25, 0.5, 1 and 1.5: '
+        'dense ones with\nbinary dropout, then Sparse VD from there. It shows a plot: no accuracy '
+        'to speak of is lost, and wider\nnetworks lose more weights.',
+        _vgg_runs(), 'cifar10',
+    ),
+    Section(
+        'random_labels', 'Random labels',
+        'The paper: on labels drawn at random, a network with binary dropout learns them by heart; '
+        'Sparse VD drops\nevery weight and predicts a constant.',
+        [
+            Open('dense, MNIST', {'dataset': 'mnist', 'method': 'dense'}, 'two CPU cores'),
+            Open('Sparse VD, MNIST', {'dataset': 'mnist'}, 'two CPU cores'),
+            Open('dense, CIFAR-10', {'dataset': 'cifar10', 'method': 'dense'}, 'a GPU'),
+            Open('Sparse VD, CIFAR-10', {'dataset': 'cifar10'}, 'a GPU'),
+        ],
+        'mnist',
+    ),
+    Section(
+        'gradient_variance', 'Additive against multiplicative noise',
+        "The paper's figure 2: with additive noise the gradient has a lower variance, and bound "
+        'and sparsity are higher.',
+        [Open('variance of the gradient, bound and sparsity by epoch', {}, 'two CPU cores')],
+    ),
+    Section(
+        'kl_approximation', 'The approximation of the KL divergence',
+        "Equation 14 of the paper has three constants. What the approximation is, and how far off, "
+        'is in\n[mathematics.md](mathematics.md#three-kl-divergences).',
+        [Open('the constants, fitted again', {}, 'two CPU cores')],
+    ),
+    Section(
+        'char_lm', 'Character language models',
+        'Plain Flax models on Tiny Shakespeare. The published ones were trained on another text, '
+        'Penn Treebank: their\nbits are no reference for ours, only what they lost from dense to '
+        'sparse is (Chirkova et al. 2018,\n[arXiv:1810.10927](https://arxiv.org/abs/1810.10927)).',
+        [
+            Open(f'{name}, {model}', {'model': model} | options, 'two CPU cores')
+            for model in ('lstm', 'transformer')
+            for name, options in (('dense', {'method': 'dense'}), ('Sparse VD', {}))
+        ],
+        'tiny_shakespeare',
+    ),
+]  # fmt: skip
+
+INTRODUCTION = f"""# Results
+
+What the paper reports, what comes out here, and what others have published, side by side. The paper
+is Molchanov, Ashukha & Vetrov 2017, {published.PAPER.markdown()}.
+One command writes this page from the summaries in [experiments/results](../experiments/results),
+and a test checks that it is up to date:
+
+```bash
+{COMMAND}
+{COMMAND} --check
+```
+
+- **Errors** are those of the sparsified network on the test set after the last epoch: no epoch is
+  picked. Of several seeds they are mean ± standard deviation, as is the compression.
+- **Weights / nonzero** counts weights alone, no biases. The rate of a code counts positions and
+  codebooks too, and bytes are those of a whole file. These are three different things and stand in
+  tables of their own.
+- **Training** is the time that all seeds of a row took together. Most of these machines were shared
+  with other work, so it says how long it took, not how fast it could be.
+- **Quoted** numbers were read in a later paper's comparison, not in the paper of the link.
+- **Open** rows have not been run: their command is what fills them in.
+
+`DIR` is the folder of tensorflow-datasets. How the files of the summaries are named is said
+[beside them](../experiments/results/README.md).
+"""
+
+
+# Cells
+
+
+def mean_sd(values: list[float], digits: int) -> str:
+    """Mean and, of several, the standard deviation of a sample."""
+    if not values:
+        return ''
+    mean = f'{np.mean(values):.{digits}f}'
+    return mean if len(values) == 1 else f'{mean} ± {np.std(values, ddof=1):.{digits}f}'
+
+
+def compression(values: list[float | None]) -> str:
+    """Of networks that may have no weight left."""
+    some = [value for value in values if value is not None]
+    if len(some) < len(values):
+        return f'no weight left ({len(values) - len(some)} of {len(values)})'
+    return mean_sd(some, 1)
+
+
+def zeros(group: Group) -> str:
+    """Percent of each layer's weights."""
+    layers = group.values('sparsity_per_layer')
+    if not layers or group.first.config.method == 'dense':
+        return ''
+    return '-'.join(f'{np.mean([each[name] for each in layers]):.1f}' for name in layers[0])
+
+
+def seeds(found: Iterable[int]) -> str:
+    """How many, and which."""
+    found = sorted(found)
+    parts = [f'{a}' if n == 1 else f'{a} to {a + n - 1}' for a, n in stretches(found)]
+    return f'{len(found)} ({", ".join(parts)})'
+
+
+def duration(seconds: float) -> str:
+    return f'{seconds / 3600:.1f} h' if seconds >= 3600 else f'{seconds / 60:.0f} min'
+
+
+def device(name: str) -> str:
+    platform, _, kind = name.partition(': ')
+    return 'CPU' if platform == 'cpu' else kind
+
+
+def label(group: Group, dataset: str | None) -> str:
+    """What a row is of, as far as no other column says it."""
+    run = group.first
+    on = run.summary.get('evaluated_on', 'test')
+    parts = (
+        f'**svd_jax, {run.method}**',
+        group.options and f'`{group.options}`',
+        run.config.dataset if run.config.dataset != dataset else '',
+        f'errors on {on}' if not on.startswith('test') else '',
+        run.earlier,
+    )
+    return ', '.join(part for part in parts if part)
+
+
+def measured(group: Group, dataset: str | None) -> Cells:
+    """The row of runs of ours."""
+    return {
+        '': label(group, dataset),
+        'epochs': str(group.first.config.epochs),
+        'seeds': seeds(group.seeds),
+        TRAINING_ERROR: mean_sd(group.values('train_error'), 2),
+        ERROR: mean_sd(group.values('test_error'), 2),
+        VALIDATION_BITS: mean_sd(group.values('validation_bits_per_character'), 3),
+        BITS: mean_sd(group.values('bits_per_character'), 3),
+        COMPRESSION: compression(group.values('compression')),
+        ZEROS: zeros(group),
+        'training': duration(group.seconds()),
+        'device': ', '.join(sorted({device(name) for name in group.values('device')})),
+    }
+
+
+def reported(found: published.Weights) -> Cells:
+    """The row of a published network."""
+    return {
+        '': found.method,
+        'epochs': '' if found.epochs is None else str(found.epochs),
+        ERROR: '' if found.error is None else f'{found.error:.2f}',
+        BITS: '' if found.bits is None else f'{found.bits:.3f}',
+        COMPRESSION: f'{found.compression:g}',
+        ZEROS: found.zeros,
+        FROM: found.source.markdown(),
+    }
+
+
+def planned(one: Open) -> Cells:
+    """The row of a run that is still to be made."""
+    first, count = one.options.get('seed', 0), one.options.get('seeds', 1)
+    return {
+        '': f'**svd_jax, {one.what}**',
+        'seeds': seeds(range(first, first + count)),
+        COMPRESSION: '**open**',
+        'training': f'needs {one.needs}',
+    }
+
+
+# Tables
+
+
+def table(rows: list[Cells], columns: Iterable[str] = ()) -> str:
+    """A Markdown table, without the columns that would be empty.
+
+    Args:
+      rows: of cells, by column.
+      columns: in their order; if none are given, as they come in the rows.
+    """
+    columns = list(columns) or dict.fromkeys(itertools.chain.from_iterable(rows))
+    shown = [name for name in columns if any(row.get(name) for row in rows)]
+    lines = [[name or ' ' for name in shown], ['---', *('---:' for _ in shown[1:])]]
+    lines += [[row.get(name, '') for name in shown] for row in rows]
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+
+
+def code(commands: list[str]) -> str:
+    """Commands, numbered as in the table above them."""
+    width = max(map(len, commands))
+    lines = [f'{line:{width}}  # {number}' for number, line in enumerate(commands, 1)]
+    return '\n'.join(['```bash', *lines, '```'])
+
+
+def still_open(section: Section, runs: list[Run]) -> list[Open]:
+    """What of a section has not been run."""
+    defaults = defaults_of(section.experiment)
+    if defaults is None:
+        return section.open
+    done = {(but_for_seed(run.config), run.config.seed) for run in runs if not run.earlier}
+
+    def is_done(one: Open) -> bool:
+        where = f'the open run {one.what!r} of experiments.{section.experiment}'
+        config = with_options(defaults, one.options, where)
+        return all((but_for_seed(own), own.seed) in done for own in config.alone().values())
+
+    return [one for one in section.open if not is_done(one)]
+
+
+def weights_table(section: Section, runs: list[Run]) -> str:
+    """The paper's networks, ours and those of others, and the commands that made ours."""
+    others = published.WEIGHTS.get(section.experiment, [])
+    papers = [reported(one) for one in others if one.source == published.PAPER]
+    peers = [reported(one) for one in others if one.source != published.PAPER]
+    ours = [(measured(group, section.dataset), group.commands()) for group in grouped(runs)]
+    ours += [
+        (planned(one), [command(section.experiment, one.options)])
+        for one in still_open(section, runs)
+    ]
+    commands: list[str] = []
+    for row, made_by in ours:
+        numbers = range(len(commands) + 1, len(commands) + len(made_by) + 1)
+        row[FROM] = ', '.join(map(str, numbers))
+        commands += made_by
+    shown = table([*papers, *(row for row, _ in ours), *peers], COLUMNS)
+    return f'{shown}\n\n{code(commands)}' if commands else shown
+
+
+def rates_table(experiment: str) -> str:
+    return table([
+        {'': rate.method, ERROR: f'{rate.error:.2f}', 'dense bits / coded bits': f'{rate.rate:g}',
+         FROM: rate.source.markdown()}
+        for rate in published.RATES.get(experiment, [])
+    ])  # fmt: skip
+
+
+def files_table(section: Section, runs: list[Run]) -> str:
+    """Bytes of whole files; ours are exact ones, as their runs wrote them."""
+    ours = [
+        {'': f'{label(group, section.dataset)}, exact', 'epochs': str(group.first.config.epochs),
+         'seeds': seeds(group.seeds), ERROR: mean_sd(group.values('test_error'), 2),
+         BITS: mean_sd(group.values('bits_per_character'), 3),
+         'bytes': f'{np.mean(group.values("file_bytes")):,.0f}'}
+        for group in grouped(runs) if len(group.values('file_bytes')) == len(group.runs)
+    ]  # fmt: skip
+    peers = [
+        {'': found.method, ERROR: f'{found.error:.2f}', 'bytes': f'{found.nbytes:,}',
+         FROM: found.source.markdown()}
+        for found in published.FILES.get(section.experiment, [])
+    ]  # fmt: skip
+    return table([*ours, *peers])
+
+
+def units_table(experiment: str) -> str:
+    return table([
+        {'': found.method, ERROR: f'{found.error:.2f}', 'units left': found.left,
+         'times fewer FLOPs': found.fewer, 'multiply-adds left': found.operations,
+         'times faster, CPU': found.cpu, 'times faster, GPU': found.gpu,
+         FROM: found.source.markdown()}
+        for found in published.UNITS.get(experiment, [])
+    ])  # fmt: skip
+
+
+def scalars(value: Any, name: str = '') -> Iterator[tuple[str, str]]:
+    """The single values in nested dicts, each with its path."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from scalars(inner, f'{name}, {key}' if name else str(key))
+    elif isinstance(value, (int, float, str)):
+        yield name, f'{value:.5g}' if isinstance(value, float) else str(value)
+
+
+def values_table(section: Section, summaries: list[Summary]) -> str:
+    """Every value of results that are not of runs."""
+    about = ('experiment', 'device', 'versions', 'config')
+    rows = [
+        {'': name, 'svd_jax': value}
+        for summary in summaries
+        for name, value in scalars({k: v for k, v in summary.items() if k not in about})
+    ]
+    open_rows = [{'': one.what, 'svd_jax': f'**open**, needs {one.needs}'} for one in section.open]
+    return table(rows or open_rows)
+
+
+def constants_table(summaries: list[Summary]) -> str:
+    """The constants of the paper's approximation of the KL divergence, and those fitted here."""
+    fitted = {'the paper': dict(zip(CONSTANTS, published.KL_CONSTANTS, strict=True))}
+    for summary in summaries:
+        theirs, ours = (
+            [f'{value:.5f}' for value in summary[name]]
+            for name in ('constants_of_the_notebook', 'constants')
+        )
+        fitted["the authors' notebook"] = dict(zip(CONSTANTS, theirs, strict=True))
+        fitted['**svd_jax**'] = dict(zip(CONSTANTS, ours, strict=True))
+    fitted.setdefault('**svd_jax**', {'k1': '**open**'})
+    return table([{'': name, **constants} for name, constants in fitted.items()])
+
+
+def errors_table(summary: Summary) -> str:
+    """The largest error of each approximation of the KL divergence."""
+    from experiments.kl_approximation import LABELS
+
+    return table([
+        {'': LABELS.get(name, name), 'largest error': f'{worst["error"]:.2g}',
+         'at log alpha': f'{worst["log_alpha"]:.2f}',
+         'largest for alpha up to 1': f'{summary["errors_to_alpha_1"][name]["error"]:.2g}'}
+        for name, worst in summary['errors'].items()
+    ])  # fmt: skip
+
+
+# The page
+
+
+def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[str]:
+    """The parts of a section."""
+    name = section.experiment
+    yield f'## {section.title}'
+    yield section.text
+    if importlib.util.find_spec(f'experiments.{name}') is None:
+        yield f'`experiments.{name}` is still to be written; these are to be its commands.'
+    if section.dataset is None:
+        yield from study(section, [summary for _, summary in summaries])
+        return
+    if section.picture:
+        yield f'![Error against number of weights: {section.title}](pictures/results_{name}.png)'
+    runs = [make_run(*pair) for pair in summaries]
+    yield weights_table(section, runs)
+    if name in published.RATES:
+        yield '### By rate, in the format of Deep Compression'
+        yield rates_table(name)
+    if name in published.FILES:
+        yield '### By bytes of the file'
+        yield files_table(section, runs)
+        if name.startswith('lenet'):
+            yield 'Ours by bytes, from exact to coarse files: [files.md](files.md).'
+    if name in published.UNITS:
+        yield '### By whole units'
+        yield (
+            "The code of Structured Bayesian Pruning keeps the checkpoint of best test accuracy: "
+            'its errors are optimistic.\nWhat `svd.compact` makes of ours is in '
+            '[inference.md](inference.md) and [performance.md](performance.md#inference).'
+        )  # fmt: skip
+        yield units_table(name)
+
+
+def study(section: Section, summaries: list[Summary]) -> Iterator[str]:
+    """The parts of a section whose results are not of runs."""
+    if section.experiment == 'kl_approximation':
+        yield constants_table(summaries)
+        if summaries:
+            yield f'![{section.title}](pictures/{section.experiment}.png)'
+        yield from map(errors_table, summaries)
+    else:
+        yield values_table(section, summaries)
+    yield code([command(section.experiment, {})])
+
+
+def read_all(folder: Path) -> list[tuple[Path, Summary]]:
+    """The summaries of a folder, each with its file."""
+    return [(path, read(path)) for path in sorted(folder.glob('*.json'))]
+
+
+def page(summaries: list[tuple[Path, Summary]]) -> str:
+    """The page.
+
+    Raises:
+      UsageError: a summary is damaged, or no section shows it.
+    """
+    known = {section.experiment for section in SECTIONS}
+    for path, summary in summaries:
+        if summary['experiment'] not in known:
+            raise UsageError(
+                f'{path}: no section of the page shows {summary["experiment"]!r}: '
+                'add one to experiments/results.py'
+            )
+    parts = [INTRODUCTION.strip()]
+    for section in SECTIONS:
+        parts += body(section, _of(section, summaries))
+    return '\n\n'.join(parts) + '\n'
+
+
+def _of(section: Section, summaries: list[tuple[Path, Summary]]) -> list[tuple[Path, Summary]]:
+    return [pair for pair in summaries if pair[1]['experiment'] == section.experiment]
+
+
+def picture(section: Section, runs: list[Run], path: Path) -> None:
+    """Draws error against compression by number of weights, ours and published ones."""
+    figure = Figure(figsize=(9.5, 4.4), dpi=130, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    peers = [
+        one for one in published.WEIGHTS[section.experiment]
+        if one.error is not None and one.compression > 1
+    ]  # fmt: skip
+    methods = list(dict.fromkeys(one.method for one in peers))
+    look: dict[str, Any] = {'markersize': 9, 'markeredgecolor': 'white'}  # where points overlap
+    for method, colour, marker in zip(
+        methods, (GREY, ORANGE, GREEN, PINK, RED), 'Xs^vP', strict=True
+    ):
+        points = [(one.compression, one.error) for one in peers if one.method == method]
+        axes.plot(*zip(*points, strict=True), marker, **look, color=colour, label=method)
+    ours = [
+        group for group in grouped(runs)
+        if group.first.config.method != 'dense' and not group.first.earlier
+        and None not in group.values('compression')
+    ]  # fmt: skip
+    for group, marker in zip(ours, itertools.cycle('oDph<>*'), strict=False):
+        xs, ys = group.values('compression'), group.values('test_error')
+        x, y = np.mean(xs), np.mean(ys)
+        if len(xs) > 1:
+            sd = {'xerr': np.std(xs, ddof=1), 'yerr': np.std(ys, ddof=1)}
+            axes.errorbar(x, y, **sd, fmt='none', ecolor=BLUE, capsize=3)
+        count = 'one seed' if len(xs) == 1 else f'{len(xs)} seeds'
+        parts = ('svd_jax', f'{group.first.config.epochs} epochs', group.options, count)
+        name = ', '.join(part for part in parts if part)
+        axes.plot(x, y, marker, **look, color=BLUE, label=name)
+    axes.set_xscale('log')
+    axes.xaxis.set_major_locator(FixedLocator([10, 20, 30, 50, 70, 100, 150, 200, 300, 500]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(left=10)
+    axes.set_title(section.title, loc='left', fontweight='bold')
+    axes.set_xlabel('weights / nonzero weights')
+    axes.set_ylabel('test error, %')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(color='0.9', linewidth=0.8)
+    axes.set_axisbelow(True)
+    figure.legend(loc='outside right upper', fontsize=8.5, edgecolor='none')
+    figure.savefig(path)
+
+
+def run(options: Options) -> None:
+    """Writes the page and its pictures, or checks it.
+
+    Raises:
+      UsageError: a summary can't be used; the message names its file.
+      SystemExit: the page is not up to date.
+    """
+    summaries = read_all(options.results)
+    text = page(summaries)
+    if options.check:
+        committed = options.page.read_text('utf-8') if options.page.exists() else ''
+        if committed != text:
+            print(f'{options.page} is not up to date: run `{COMMAND}`', file=sys.stderr)
+            sys.exit(1)
+        return
+    folder = options.page.parent / 'pictures'
+    folder.mkdir(parents=True, exist_ok=True)
+    options.page.write_text(text, 'utf-8')
+    for section in SECTIONS:
+        if section.picture:
+            runs = [make_run(*pair) for pair in _of(section, summaries)]
+            picture(section, runs, folder / f'results_{section.experiment}.png')
+    print(f'wrote {options.page}')
+
+
+def main() -> None:
+    """The command line: bad input ends with one line on stderr and exit code 2."""
+    try:
+        run(tyro.cli(Options, prog=COMMAND, description=__doc__))
+    except UsageError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,305 @@
+"""docs/results.md: it is up to date, its numbers are NumPy's, and its commands give its runs."""
+
+import itertools
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+import tyro
+
+from experiments import kl_approximation, published, results, summaries
+from experiments.errors import UsageError
+from pages import code_blocks, dead_links
+from run_folders import ROOT
+
+RESULTS = ROOT / 'experiments/results'
+PAGE = ROOT / 'docs/results.md'
+LENET5 = RESULTS / 'lenet5-sparse_vd-200epochs-seed0.json'
+
+
+def main(*arguments: str | Path) -> int:
+    """The command line; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['results', *map(str, arguments)])
+        try:
+            results.main()
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
+    return 0
+
+
+def parse(command: str) -> Any:
+    """The options that a command line gives."""
+    python, module, name, *arguments = shlex.split(command, comments=True)
+    assert (python, module) == ('python', '-m')
+    defaults = summaries.defaults_of(name.removeprefix('experiments.'))
+    return tyro.cli(
+        Annotated[type(defaults), tyro.conf.arg(name='')], default=defaults, args=arguments
+    )
+
+
+def edited(path: Path, **values: Any) -> None:
+    """Changes a summary, or makes one of another."""
+    source = path if path.exists() else LENET5
+    path.write_text(json.dumps(json.loads(source.read_text()) | values))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of what is committed."""
+    shutil.copytree(RESULTS, tmp_path / 'results')
+    shutil.copy(PAGE, tmp_path)
+    return tmp_path
+
+
+def where(folder: Path) -> list[str | Path]:
+    return ['--results', folder / 'results', '--page', folder / 'results.md']
+
+
+def written(folder: Path) -> str:
+    """The page, without drawing its pictures."""
+    return results.page(results.read_all(folder / 'results'))
+
+
+def section(page: str, title: str) -> str:
+    return page.split(f'## {title}\n')[1].split('\n## ')[0]
+
+
+def groups(experiment: str) -> list[summaries.Group]:
+    read = results.read_all(RESULTS)
+    return summaries.grouped(
+        summaries.make_run(*pair) for pair in read if pair[1]['experiment'] == experiment
+    )
+
+
+# As a user runs it, which also says that the module is found beside the folder of its name.
+def test_the_page_is_up_to_date():
+    command = [sys.executable, *shlex.split(results.COMMAND)[1:], '--check']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ''), done.stderr
+    assert dead_links(PAGE) == []
+
+
+def test_check_finds_a_changed_summary(folder, capsys):
+    assert main('--check', *where(folder)) == 0
+    edited(folder / 'results' / LENET5.name, test_error=0.79)
+    assert main('--check', *where(folder)) == 1
+    assert capsys.readouterr().err == (
+        f'{folder}/results.md is not up to date: run `python -m experiments.results`\n'
+    )
+
+
+@pytest.mark.parametrize('change', ['append', 'remove'])
+def test_check_finds_a_changed_page(folder, capsys, change):
+    page = folder / 'results.md'
+    page.unlink() if change == 'remove' else page.write_text(page.read_text() + '\n')
+    assert main('--check', *where(folder)) == 1
+    assert results.COMMAND in capsys.readouterr().err
+
+
+def test_what_is_written_passes_the_check(folder):
+    page = folder / 'results.md'
+    page.unlink()
+    assert main(*where(folder)) == 0
+    assert page.read_text() == PAGE.read_text()
+    assert main('--check', *where(folder)) == 0
+    pictures = {path.name for path in (folder / 'pictures').iterdir()}
+    assert pictures == {'results_lenet300.png', 'results_lenet5.png'}
+
+
+def test_numbers_are_means_and_standard_deviations_over_seeds():
+    paths = [RESULTS / f'lenet300-sparse_vd-200epochs-seed{seed}.json' for seed in range(3)]
+    runs = [json.loads(path.read_text()) for path in paths]
+    row = next(
+        line for line in section(PAGE.read_text(), 'LeNet-300-100 on MNIST').splitlines()
+        if line.startswith('| **svd_jax, Sparse VD** | 200 |')
+    )  # fmt: skip
+    cells = [cell.strip() for cell in row.split('|')[1:-1]]
+    errors, ratios = (np.array([run[k] for run in runs]) for k in ('test_error', 'compression'))
+    layers = np.mean([[*run['sparsity_per_layer'].values()] for run in runs], axis=0)
+    assert cells[2:6] == [
+        '3 (0 to 2)',
+        f'{errors.mean():.2f} ± {errors.std(ddof=1):.2f}',
+        f'{ratios.mean():.1f} ± {ratios.std(ddof=1):.1f}',
+        '-'.join(f'{percent:.1f}' for percent in layers),
+    ]
+    # The three trained at once, so each summary names the seconds of all.
+    assert cells[6] == f'{runs[0]["train_seconds"] / 60:.0f} min'
+
+
+def test_groups_differ_in_nothing_but_the_seed():
+    found = groups('lenet300') + groups('lenet5')
+    paths = sorted(run.path for group in found for run in group.runs)
+    assert paths == sorted(RESULTS.glob('lenet*.json'))
+    for group in found:
+        assert group.seeds == sorted(set(group.seeds))
+        configs = [run.summary['config'] | {'seed': 0} for run in group.runs]
+        assert all(config == configs[0] for config in configs)
+    earlier = [group for group in found if group.first.earlier]
+    assert [(group.seeds, group.commands()) for group in earlier] == [([0, 1], [])]
+
+
+@pytest.mark.parametrize('experiment', ['lenet300', 'lenet5'])
+def test_a_command_gives_the_options_of_its_runs(experiment):
+    for group in groups(experiment):
+        if group.first.earlier:
+            continue
+        alone = [own for line in group.commands() for own in parse(line).alone().values()]
+        for own, run in zip(alone, group.runs, strict=True):
+            identity = own.identity()
+            # What a summary is older than has its default.
+            defaults = summaries.defaults_of(experiment).identity()
+            assert identity == defaults | run.summary['config']
+            assert own.dataset == run.summary['dataset']
+            assert str(own.data_dir) == 'DIR'
+
+
+def test_any_option_comes_back_from_its_command():
+    values = {
+        'dataset': 'mnist5k', 'epochs': 7, 'seed': 3, 'seeds': 2, 'pretrained': Path('a b/c'),
+        'learning_rate': 1 / 3, 'warmup': (0.5, 2.0), 'kl': 'exact', 'kl_weight': (0.1, 2.0),
+        'log_sigma2_init': -8.0, 'mask_in_training': False, 'flip': True,
+    }  # fmt: skip
+    defaults = summaries.defaults_of('lenet5')
+    config = summaries.with_options(defaults, values, 'here')
+    assert summaries.changed(config, 'lenet5') == values
+    assert parse(summaries.command('lenet5', values)) == config
+
+
+def test_commands_on_the_page_are_commands():
+    lines = [
+        line for _, block in code_blocks(PAGE, 'bash') for line in block.splitlines()
+        if summaries.defaults_of(line.split()[2].removeprefix('experiments.'))
+    ]  # fmt: skip
+    assert len(lines) > 10
+    for line in lines:
+        parse(line)
+
+
+def test_stretches_of_seeds():
+    assert summaries.stretches([0, 1, 2, 5, 7, 8]) == [(0, 3), (5, 1), (7, 2)]
+    assert results.seeds([8, 0, 1, 2, 7, 5]) == '6 (0 to 2, 5, 7 to 8)'
+
+
+def test_an_open_row_goes_when_its_runs_are_there(folder):
+    title = 'LeNet-5-Caffe on MNIST'
+    assert '**open**' in section(written(folder), title)
+    for seed in range(1, 5):
+        config = json.loads(LENET5.read_text())['config'] | {'seed': seed}
+        path = folder / 'results' / f'lenet5-sparse_vd-200epochs-seed{seed}.json'
+        edited(path, seed=seed, config=config, train_seconds=60.0 + seed)
+        assert ('**open**' in section(written(folder), title)) == (seed < 4)
+    assert '| 5 (0 to 4) |' in section(written(folder), title)
+
+
+def test_runs_elsewhere_have_a_command_each(folder):
+    config = json.loads(LENET5.read_text())['config'] | {'seed': 4}
+    edited(folder / 'results/lenet5-later-seed4.json', seed=4, config=config)
+    found = section(written(folder), 'LeNet-5-Caffe on MNIST')
+    assert '| 2 (0, 4) |' in found
+    assert '| 2, 3 |' in found
+    assert 'python -m experiments.lenet5 --dataset mnist --data-dir DIR --seed 4 ' in found
+
+
+def test_errors_on_held_out_images_are_not_taken_for_test_errors(folder):
+    config = json.loads(LENET5.read_text())['config'] | {'validation': 5000}
+    edited(folder / 'results/held-out.json', config=config, evaluated_on='5000 held out')
+    assert 'errors on 5000 held out' in section(written(folder), 'LeNet-5-Caffe on MNIST')
+
+
+def test_a_network_without_weights(folder):
+    edited(folder / 'results' / LENET5.name, compression=None, nonzero=0)
+    assert 'no weight left (1 of 1)' in section(written(folder), 'LeNet-5-Caffe on MNIST')
+
+
+def test_bytes_of_files_have_a_table_of_their_own(folder):
+    edited(folder / 'results' / LENET5.name, file_bytes=8194)
+    found = section(written(folder), 'LeNet-5-Caffe on MNIST')
+    weights, _, files = found.partition('### By bytes of the file')
+    assert '8,194' in files
+    assert '8,194' not in weights
+    for one in published.FILES['lenet5']:
+        assert f'| {one.nbytes:,} |' in files
+
+
+def test_language_models_and_constants(folder):
+    edited(
+        folder / 'results/char_lm-lstm.json', experiment='char_lm', dataset='tiny_shakespeare',
+        model='lstm', epochs=15, config={'model': 'lstm', 'epochs': 15, 'log_sigma2_rate': 4.0},
+        bits_per_character=2.1234, validation_bits_per_character=2.0567,
+        sparsity_per_layer={'Dense_0': 90.0}, evaluated_on='test split',
+    )  # fmt: skip
+    worst = {'exact': {'error': 1e-6, 'log_alpha': -1.5}}
+    (folder / 'results/kl_approximation.json').write_text(
+        json.dumps({
+            'experiment': 'kl_approximation', 'constants': [0.1, 0.2, 0.3],
+            'constants_of_the_notebook': [0.4, 0.5, 0.6],
+            'errors': worst, 'errors_to_alpha_1': worst,
+        })
+    )  # fmt: skip
+    (folder / 'results/gradient_variance.json').write_text(
+        json.dumps({'experiment': 'gradient_variance', 'variance': {'additive': 0.25}})
+    )
+    page = written(folder)
+    row = '| **svd_jax, Sparse VD** | 15 | 1 (0) | 0.78 | 2.057 | 2.123 | 279.2 | 90.0 |'
+    assert row in section(page, 'Character language models')
+    constants = section(page, 'The approximation of the KL divergence')
+    assert '| **svd_jax** | 0.10000 | 0.20000 | 0.30000 |' in constants
+    assert '| the paper | 0.63576 | 1.87320 | 1.48695 |' in constants
+    assert f'| {kl_approximation.LABELS["exact"]} | 1e-06 | -1.50 | 1e-06 |' in constants
+    noise = section(page, 'Additive against multiplicative noise')
+    assert '| variance, additive | 0.25 |' in noise
+    assert '**open**' not in constants + noise
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('{"experiment": "lenet5", ', 'bad.json is damaged'),
+        ('[1, 2]', 'bad.json is damaged'),
+        ('{"method": "dense"}', 'bad.json is damaged'),
+        ('{"experiment": "lenet5"}', 'bad.json lacks method, dataset, config'),
+        ('{"experiment": "lenet6"}', "bad.json: no section of the page shows 'lenet6'"),
+        ('{"experiment": "lenet5", "networks": {}}', 'bad.json is of several networks'),
+    ],
+)
+def test_a_damaged_summary_is_named(folder, capsys, content, message):
+    (folder / 'results/bad.json').write_text(content)
+    before = (folder / 'results.md').read_text()
+    for check in ([], ['--check']):
+        assert main(*check, *where(folder)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith('error: ')
+        assert message in error
+        assert error.count('\n') == 1
+    assert (folder / 'results.md').read_text() == before
+
+
+@pytest.mark.parametrize('option', [{'gone': 1}, {'epochs': 0}, {'kl_weight': [1.0, 1.0]}])
+def test_options_that_cannot_be_are_named(tmp_path, option):
+    path = tmp_path / 'bad.json'
+    edited(path, config=option)
+    with pytest.raises(UsageError, match=rf'bad\.json.*{next(iter(option)).replace("_", ".")}'):
+        summaries.make_run(path, summaries.read(path))
+
+
+def test_the_same_run_twice_is_refused(folder, capsys):
+    edited(folder / 'results/again.json')
+    assert main(*where(folder)) == 2
+    error = capsys.readouterr().err
+    assert 'again.json' in error
+    assert LENET5.name in error
+
+
+def test_published_numbers_have_their_sources():
+    tables = (published.WEIGHTS, published.RATES, published.UNITS, published.FILES)
+    page = PAGE.read_text()
+    for one in itertools.chain.from_iterable(row for each in tables for row in each.values()):
+        assert one.source.markdown() in page
+        assert f'| {one.method} |' in page
