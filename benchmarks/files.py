@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import svd_jax as svd
-from benchmarks import files_report, formats, large_file
+from benchmarks import files_report, formats, large_file, tuning
 from benchmarks.files_report import Row, Shown
 from experiments import data, models
 from experiments.checkpoint import Checkpoints
@@ -60,6 +60,8 @@ class Options:
     """Where tensorflow-datasets keeps its data; its own default if not given."""
     tolerances: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
     """Of the lossy files, in posterior standard deviations."""
+    tune: int = 0
+    """Epochs in which the biases of a lossy file are trained again; see benchmarks.tuning."""
     large: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also write and read a tree of 25 million weights, 90 % of them zero."""
     pictures: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
@@ -191,12 +193,26 @@ def _totals(experiment: str, params: Any, images: jax.Array, labels: jax.Array) 
     return jnp.stack([jnp.sum(wrong), jnp.sum(nats)])
 
 
-def measure(run: Run, tolerances: tuple[float, ...], advance: Any = lambda: None) -> list[Row]:
+def _save(run: Run, tolerance: float, tune: int, path: Path) -> int:
+    """Writes a lossy file, with biases that were trained again; returns its bytes."""
+    size = svd.save(path, run.params, tolerance=tolerance, threshold=run.config.threshold)
+    if not tune:
+        return size
+    rounded, model = svd.load(path), NETWORKS[run.experiment]()
+    tuned = tuning.tune_biases(model, rounded, run.dataset, tune, run.config.shift)
+    params = {name: layer | tuned[name] for name, layer in run.params.items()}
+    return svd.save(path, params, tolerance=tolerance, threshold=run.config.threshold)
+
+
+def measure(
+    run: Run, tolerances: tuple[float, ...], tune: int = 0, advance: Any = lambda: None
+) -> list[Row]:
     """Writes a network to files, from exact to coarse, reads each again and evaluates it.
 
     Args:
       run: the network.
       tolerances: of the lossy files.
+      tune: epochs in which the biases of the lossy ones are trained again.
       advance: called after each file.
     """
     sparse = jax.device_get(svd.sparsify(run.params, run.config.threshold))
@@ -204,7 +220,7 @@ def measure(run: Run, tolerances: tuple[float, ...], advance: Any = lambda: None
     files: list[tuple[str, float | None, Any]] = [
         ('float32, exact', None, sparse),
         ('bfloat16, exact', None, half),
-        *((f'tolerance {t:g}', t, run.params) for t in tolerances),
+        *((f'tolerance {t:g}', t, None) for t in tolerances),
     ]
     mean = data.mean_image(run.dataset.train_images)
     test, train = (
@@ -218,7 +234,10 @@ def measure(run: Run, tolerances: tuple[float, ...], advance: Any = lambda: None
     with tempfile.TemporaryDirectory() as folder:
         for name, tolerance, params in files:
             path = Path(folder) / 'network.svd'
-            size = svd.save(path, params, tolerance=tolerance, threshold=run.config.threshold)
+            if tolerance is None:
+                size = svd.save(path, params)
+            else:
+                size = _save(run, tolerance, tune, path)
             loaded = svd.load(path)
             (test_error, test_loss), (_, train_loss) = (
                 evaluate(run.experiment, loaded, *examples) for examples in (test, train)
@@ -260,7 +279,7 @@ def choose_tolerance(rows: list[Row]) -> float:
 # What ships
 
 
-def ship(run: Run, tolerance: float, folder: Path) -> Row:
+def ship(run: Run, tolerance: float, tune: int, folder: Path) -> Row:
     """Writes a network into a folder, and evaluates what was written.
 
     Raises:
@@ -269,7 +288,7 @@ def ship(run: Run, tolerance: float, folder: Path) -> Row:
     if run.epoch < run.config.epochs:
         raise UsageError(f'{run} is not finished: only the last epoch ships')
     path = folder / f'{run.experiment}.svd'
-    size = svd.save(path, run.params, tolerance=tolerance, threshold=run.config.threshold)
+    size = _save(run, tolerance, tune, path)
     mean = np.rint(255 * data.mean_image(run.dataset.train_images)).astype(np.uint8)
     svd.save(folder / 'mean_image.svd', mean)
     images = data.preprocess(run.dataset.test_images, mean.astype(np.float32) / 255)
@@ -313,6 +332,8 @@ MNIST, by Sparse Variational Dropout; `svd_jax.load_pretrained(name)` reads them
   by the training images that it had not seen: the largest one up to which their error rises by at
   most {error:g} percentage points over that of the exact file, and their loss by at most {loss}.
   All networks have this one tolerance; the test set played no part.
+- Before it was written each network was folded (`svd_jax.fold`); once its weights were rounded, its
+  biases were trained again, {tune} epochs, on the training images.
 - Inputs are images scaled to [0, 1] minus the mean of the 60,000 training images. It is in
   `mean_image.svd`, rounded to whole grey levels; `svd_jax.pretrained.preprocess(images)` subtracts
   it from the digits as MNIST has them, uint8, 0 to 255.
@@ -323,7 +344,7 @@ All files here are written by
 """
 
 
-def _readme(shipped: list[Row], held_out: Run) -> str:
+def _readme(shipped: list[Row], held_out: Run, tune: int) -> str:
     table = (
         f'| `{row["experiment"]}` | {files_report.TITLES[row["experiment"]]} | {row["bytes"]:,} '
         f'| {row["nonzero"]:,} | {row["test_error"]:.2f} | `{row["command"]}` |'
@@ -331,7 +352,7 @@ def _readme(shipped: list[Row], held_out: Run) -> str:
     )
     return _README.format(
         table='\n'.join(table), tolerance=shipped[0]['tolerance'], held_out=command(held_out),
-        error=ERROR_MARGIN, loss=f'{100 * LOSS_MARGIN:g} %',
+        error=ERROR_MARGIN, loss=f'{100 * LOSS_MARGIN:g} %', tune=tune,
     )  # fmt: skip
 
 
@@ -346,7 +367,7 @@ def main(options: Options) -> None:
     console = Console(highlight=False)
     runs = [read_run(folder, options.data_dir) for folder in options.runs]
     held_out = options.held_out and read_run(options.held_out, options.data_dir, held_out=True)
-    facts: dict[str, Any] = {'runs': []}
+    facts: dict[str, Any] = {'tune': options.tune, 'runs': []}
     tables: list[Shown] = []
 
     def show(table: Shown) -> None:
@@ -356,7 +377,8 @@ def main(options: Options) -> None:
     def curve(run: Run) -> list[Row]:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(str(run), total=2 + len(options.tolerances))
-            rows = measure(run, options.tolerances, lambda: progress.advance(task))
+            advance = partial(progress.advance, task)
+            rows = measure(run, options.tolerances, options.tune, advance)
         counts = svd.sparsity(run.params, run.config.threshold)
         title = f'{run}: {counts.nonzero:,} of {counts.total:,} weights kept'
         show(files_report.curve(title, 'held-out' if run.held_out else 'test', rows))
@@ -385,9 +407,10 @@ def main(options: Options) -> None:
             files_report.picture(experiment, curves, options.pictures / f'bytes_{experiment}.png')
     if options.ship and held_out:
         shipped = [
-            ship(first[name], facts['held_out']['chosen'], options.ship) for name in sorted(first)
+            ship(first[name], facts['held_out']['chosen'], options.tune, options.ship)
+            for name in sorted(first)
         ]
-        (options.ship / 'README.md').write_text(_readme(shipped, held_out))
+        (options.ship / 'README.md').write_text(_readme(shipped, held_out, options.tune))
         facts['shipped'] = shipped
         show(files_report.shipped(shipped))
     if options.large:

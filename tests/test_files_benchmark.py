@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import svd_jax as svd
-from benchmarks import files, files_report, formats, large_file
+from benchmarks import files, files_report, formats, large_file, tuning
 from experiments import data, lenet300, models
 from experiments.checkpoint import Checkpoints
 from experiments.errors import UsageError
@@ -124,6 +125,36 @@ def test_evaluation_is_that_of_plain_flax():
     assert loss == pytest.approx(np.mean(np.log(np.exp(logits).sum(1)) - chosen), rel=1e-4)
 
 
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic):
+        return nn.Dense(10)(x.reshape(x.shape[0], -1)), 0.0
+
+
+@pytest.mark.parametrize('shift', [0, 1])
+def test_tuned_biases_make_the_mean_prediction_right(shift):
+    """Where the loss is least, each class is predicted as often, in the mean, as it occurs."""
+    dataset = data.load('mnist5k')
+    rng = np.random.default_rng(0)
+    layer = {
+        'kernel': rng.normal(scale=0.03, size=(784, 10)).astype(np.float32),
+        'bias': np.append(rng.normal(scale=0.2, size=9), 0).astype(np.float32),
+    }
+    model = Linear()
+
+    def missing(params):
+        images = data.preprocess(dataset.train_images, data.mean_image(dataset.train_images))
+        predicted = jax.nn.softmax(model.apply({'params': params}, images, True)[0]).mean(0)
+        occurs = np.bincount(dataset.train_labels) / len(images)
+        return np.max(np.abs(predicted - occurs)[:9])  # the bias that is zero stays
+
+    tuned = tuning.tune_biases(model, {'Dense_0': layer}, dataset, 40, shift)
+    assert missing(tuned) < missing({'Dense_0': layer}) / 4
+    np.testing.assert_array_equal(tuned['Dense_0']['kernel'], layer['kernel'])
+    assert tuned['Dense_0']['bias'][9] == 0
+    assert np.all(tuned['Dense_0']['bias'][:9] != layer['bias'][:9])
+
+
 def split() -> data.Dataset:
     return data.validation_split(data.load('mnist5k'), 200)
 
@@ -160,7 +191,7 @@ def test_a_run_measures_draws_and_ships(trained, tmp_path, capsys):
     page.write_text(f'before {files_report.MARK}old{files_report.MARK} after')
     options = files.Options(
         runs=(trained,), held_out=trained, tolerances=(0.1, 0.5), pictures=tmp_path,
-        ship=tmp_path, page=page, out=tmp_path / 'files.json',
+        ship=tmp_path, page=page, out=tmp_path / 'files.json', tune=1,
     )  # fmt: skip
     files.main(options)
     report = json.loads(options.out.read_text())
@@ -218,5 +249,5 @@ def test_what_cannot_be_measured_is_said_in_a_line(trained, tmp_path):
 def test_an_unfinished_run_does_not_ship(trained, tmp_path):
     run = files.read_run(trained, None)._replace(epoch=0)
     with pytest.raises(UsageError, match='not finished'):
-        files.ship(run, 0.1, tmp_path)
+        files.ship(run, 0.1, 0, tmp_path)
     assert not list(tmp_path.iterdir())
