@@ -70,7 +70,10 @@ class Training:
         self._resident = None if self._streams() else (
             jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
         )  # fmt: skip
-        self._test = _batches(dataset.test_images), _batches(dataset.test_labels, fill=-1)
+        self._test = (
+            evaluation_batches(dataset.test_images),
+            evaluation_batches(dataset.test_labels, fill=-1),
+        )
 
     def _set_up(self, config: Config, count: int, num_data: int) -> None:
         """What does not depend on the kind of data: names, steps, schedules, optimiser, keys.
@@ -339,7 +342,7 @@ def _mean_weights(scores: dict[str, float]) -> dict[str, float]:
     return {f'{name}_mean_weights': score for name, score in scores.items()}
 
 
-def _batches(array: np.ndarray, fill: int = 0) -> jax.Array:
+def evaluation_batches(array: np.ndarray, fill: int = 0) -> jax.Array:
     """(N, ...) to (batches, 1000, ...), the last one filled up."""
     missing = -len(array) % _EVALUATION_BATCH
     padding = np.full((missing, *array.shape[1:]), fill, array.dtype)

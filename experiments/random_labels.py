@@ -1,0 +1,130 @@
+"""Labels drawn at random: dropout learns them by heart, Sparse VD drops every weight.
+
+A network of two hidden layers on MNIST, all of whose labels, for training and for testing, are
+draws that have nothing to do with the images (Zhang et al. 2016, arXiv 1611.03530; Molchanov et al.
+2017, section 5.5). --method dense is the network with binary dropout.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import tyro
+
+from experiments import config, data, loop
+from experiments.training import Training, evaluation_batches
+from svd_jax.linen import NOISE, Dense
+
+CLASSES = 10
+# Training images whose labels are asked for after each epoch; after the last one, all of them are.
+_FOLLOWED = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(config.Config):
+    """Options of a training run on random labels."""
+
+    label_seed: int = 0
+    """Of the labels; networks that differ in SEED alone learn the same ones."""
+    width: int = 512
+    """Units of each of the two hidden layers."""
+    dropout: float = 0.1
+    """Share of the hidden units that --method dense drops in training."""
+    # There is nothing in such labels that could hold for other images.
+    validation: tyro.conf.Suppress[int] = 0
+    shift: tyro.conf.Suppress[int] = 0
+    flip: tyro.conf.Suppress[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config.require(
+            0 <= self.label_seed < 2**32, 'label_seed', 'must lie between 0 and 2**32 - 1'
+        )
+        config.require(self.width >= 1, 'width', 'must be at least 1')
+        config.require(0 <= self.dropout < 1, 'dropout', 'must be at least 0 and below 1')
+
+    def identity(self) -> dict[str, Any]:
+        unused = ('validation', 'shift', 'flip')
+        return {name: value for name, value in super().identity().items() if name not in unused}
+
+
+def with_random_labels(dataset: data.Dataset, seed: int) -> data.Dataset:
+    """The same images with labels drawn from the uniform distribution: a function of the seed."""
+    rng = np.random.default_rng(seed)
+
+    def draw(labels: np.ndarray) -> np.ndarray:
+        return rng.integers(CLASSES, size=labels.shape, dtype=labels.dtype)
+
+    return dataset._replace(
+        train_labels=draw(dataset.train_labels), test_labels=draw(dataset.test_labels)
+    )
+
+
+class Memoriser(nn.Module):
+    """784-width-width-10, with binary dropout of the hidden units; images (batch, 28, 28, 1).
+
+    Attributes:
+      width: units of a hidden layer.
+      dropout: the share of them that is dropped where not deterministic.
+      options: fields of :class:`svd_jax.linen.Variational`, for every layer.
+    """
+
+    width: int = Config.width
+    dropout: float = 0.0
+    options: Any = ()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = False) -> tuple[jax.Array, jax.Array]:
+        options = dict(self.options)
+        # A training step has one stream of random numbers, whatever they are for.
+        dropped = nn.Dropout(self.dropout, rng_collection=NOISE)
+        x = x.reshape(x.shape[0], -1)
+        x, kl_0 = Dense(self.width, **options)(x, deterministic)
+        x = dropped(nn.relu(x), deterministic)
+        x, kl_1 = Dense(self.width, **options)(x, deterministic)
+        x = dropped(nn.relu(x), deterministic)
+        x, kl_2 = Dense(CLASSES, **options)(x, deterministic)
+        return x, kl_0 + kl_1 + kl_2
+
+
+class MemoryTraining(Training):
+    """Asks a network for the labels that it was trained on, without dropout and noise."""
+
+    def __init__(self, options: Config, dataset: data.Dataset) -> None:
+        super().__init__(Memoriser, options, dataset)
+        dropout = 0.0 if self.variational else options.dropout
+        self.model = self.model.clone(width=options.width, dropout=dropout)
+
+    def _train_error(self, params: Any, count: int | None = None) -> float:
+        """On the first so many of the training images, or on all of them."""
+        images, labels = self.dataset.train_images[:count], self.dataset.train_labels[:count]
+        wrong = self._errors(
+            params, evaluation_batches(images), evaluation_batches(labels, fill=-1)
+        )
+        return 100 * int(wrong) / len(labels)
+
+    def _scores(self, params: Any) -> dict[str, float]:
+        # Takes the place of the mean over the steps, which has the dropout and the noise in it.
+        return {**super()._scores(params), 'train_error': self._train_error(params, _FOLLOWED)}
+
+    def _final_scores(self, params: Any) -> dict[str, float]:
+        return {**super()._scores(params), 'train_error': self._train_error(params)}
+
+
+DEFAULTS = Config(epochs=100, decay_from=0.5, batch_size=200)
+
+
+def run(options: Config) -> None:
+    dataset = with_random_labels(data.load(options.dataset, options.data_dir), options.label_seed)
+    data.epoch_permutation(options.seed, 0, len(dataset.train_labels), options.batch_size)  # checks
+    facts = {
+        'experiment': 'random_labels', 'dataset': dataset.name,
+        'examples': config.fingerprint(*dataset[1:]),
+    }  # fmt: skip
+    loop.run_training(lambda: MemoryTraining(options, dataset), options, facts)
+
+
+if __name__ == '__main__':
+    config.command_line(run, DEFAULTS, __doc__)
