@@ -1,31 +1,16 @@
 """Every notebook runs from top to bottom, and is committed with its outputs."""
 
-import pydoc_data.topics
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
 
-from experiments import text
-from experiments.errors import UsageError
-
 NOTEBOOKS = sorted((Path(__file__).parent.parent / 'notebooks').glob('*.ipynb'))
 
 
 def _code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == 'code']
-
-
-@pytest.fixture(autouse=True)
-def some_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Tiny Shakespeare isn't prepared, the manual that Python carries along."""
-    try:
-        text.load()
-    except UsageError:
-        path = tmp_path / 'manual.txt'
-        path.write_text('\n'.join(pydoc_data.topics.topics.values()))
-        monkeypatch.setenv('TEXT_FILE', str(path))
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
