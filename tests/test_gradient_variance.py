@@ -17,7 +17,10 @@ from experiments.models import LeNet300
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
-SHORT = ('--dataset', 'mnist5k', '--epochs', '2', '--seeds', '2', '--batches', '2', '--draws', '5')
+SHORT = (
+    '--dataset', 'mnist5k', '--epochs', '2', '--seeds', '2', '--batches', '2', '--draws', '5',
+    '--batch-size', '400', '--learning-rate', '0.01',
+)  # fmt: skip
 
 
 def main(*arguments: str) -> None:
