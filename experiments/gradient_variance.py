@@ -10,9 +10,7 @@ is sqrt(alpha) eps times the gradient; with drawn activations, by which both tra
 only its share of an activation's noise, so that it shows at a larger alpha.
 """
 
-import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,8 +38,8 @@ from experiments.config import Config, require
 from experiments.environment import environment
 from experiments.errors import UsageError
 from experiments.models import LeNet300
-from experiments.pictures import BLUE, ORANGE
-from experiments.report import lock, write_json
+from experiments.pictures import BLUE, ORANGE, style
+from experiments.report import claimed, write_json
 from experiments.training import Training
 from svd_jax import math
 
@@ -346,7 +344,7 @@ def run(options: Options) -> dict[str, Any]:
     data.epoch_permutation(0, 0, len(dataset.train_labels), options.batch_size)  # checks
     steps = len(dataset.train_labels) // options.batch_size
     require(options.batches <= steps, 'batches', f'must be at most {steps}, those of an epoch')
-    with _claimed(options.out):
+    with claimed(options.out, NAME):
         config = options.training()
         by_epoch, variance, seconds = {}, [], {}
         with _progress(console) as progress:
@@ -450,26 +448,6 @@ def findings(by_epoch: dict[str, dict[str, list[Row]]], variance: list[Row]) -> 
     }
 
 
-@contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Makes the output folder, and keeps other processes and other experiments' files safe."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with lock(out):
-            if any(out.iterdir()) and not _is_ours(out / 'summary.json'):
-                raise UsageError(f'{out} holds something else: choose another --out')
-            yield
-    except OSError as error:
-        raise UsageError(f'cannot write to {out} ({error}): choose another --out') from error
-
-
-def _is_ours(summary: Path) -> bool:
-    try:
-        return json.loads(summary.read_bytes())['experiment'] == NAME
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
-
-
 # What is shown
 
 
@@ -571,14 +549,14 @@ def picture(summary: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     bound, sparsity, variance = figure.subplots(1, 3)
     _by_epoch(bound, summary, lambda row: -row['bound'])
-    _style(bound, 'Evidence lower bound', 'epoch', 'nats per training image')
+    style(bound, 'Evidence lower bound', 'epoch', 'nats per training image')
     bound.set_yscale('log')
     bound.invert_yaxis()  # the bound is negative: up is better
     bound.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bound.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'−{value:g}'))
     bound.yaxis.set_minor_locator(NullLocator())
     _by_epoch(sparsity, summary, lambda row: row['sparsity'])
-    _style(sparsity, 'Sparsity', 'epoch', rf'weights with $\log\,\alpha \geq {THRESHOLD:g}$, %')
+    style(sparsity, 'Sparsity', 'epoch', rf'weights with $\log\,\alpha \geq {THRESHOLD:g}$, %')
     sparsity.set_ylim(-3, 103)
     for axes in (bound, sparsity):
         axes.set_xlim(0, summary['epochs'])
@@ -614,7 +592,7 @@ def _by_log_alpha(axes: Axes, summary: dict[str, Any]) -> None:
             )  # fmt: skip
     axes.axvline(0, color='0.6', linewidth=1)
     # Both at the same points: those that the additive one has reached.
-    _style(
+    style(
         axes, r'Variance of the gradient with respect to $\theta$',
         rf'$\log\,\alpha$, after epoch {summary["epochs"]} of the additive one',
         'mean over the weights of a bin',
@@ -622,16 +600,6 @@ def _by_log_alpha(axes: Axes, summary: dict[str, Any]) -> None:
     axes.set_yscale('log')
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.legend(fontsize=8.5, framealpha=0.85, edgecolor='none')
-
-
-def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title, loc='left', fontsize=10.5, fontweight='bold')
-    axes.set_xlabel(xlabel, fontsize=9.5)
-    axes.set_ylabel(ylabel, fontsize=9.5)
-    axes.tick_params(labelsize=9)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='0.9', linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def command_line() -> None:

@@ -6,11 +6,8 @@ constants, 0.63576, 1.87320, 1.48695, are up to 0.0023 away, the KL no more than
 a CPU.
 """
 
-import contextlib
 import dataclasses
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +26,8 @@ from scipy import integrate, optimize, special
 from experiments.config import require
 from experiments.environment import environment
 from experiments.errors import UsageError
-from experiments.pictures import BLUE, GREEN, ORANGE, PINK, SKY
-from experiments.report import lock, write_json
+from experiments.pictures import BLUE, GREEN, ORANGE, PINK, SKY, style
+from experiments.report import claimed, write_json
 from svd_jax import math
 
 NAME = 'kl_approximation'
@@ -202,7 +199,7 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
       UsageError: the output folder holds something else, or cannot be written to.
     """
-    with _claimed(options.out):
+    with claimed(options.out, NAME):
         log_alpha = np.linspace(-options.reach, options.reach, options.points)
         kl = exact_kl(log_alpha)
         fitted = fit(log_alpha, kl)
@@ -233,26 +230,6 @@ def run(options: Options) -> dict[str, Any]:
         picture(log_alpha, kl, found, options.out / 'pictures' / f'{NAME}.png')
     _say(Console(highlight=False), options.out, summary)
     return summary
-
-
-@contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Makes the output folder, and keeps other processes and other experiments' files safe."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with lock(out):
-            if any(out.iterdir()) and not _is_ours(out / 'summary.json'):
-                raise UsageError(f'{out} holds something else: choose another --out')
-            yield
-    except OSError as error:
-        raise UsageError(f'cannot write to {out} ({error}): choose another --out') from error
-
-
-def _is_ours(summary: Path) -> bool:
-    try:
-        return json.loads(summary.read_bytes())['experiment'] == NAME
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
 
 
 # What is shown
@@ -319,9 +296,9 @@ def picture(
     left, right = figure.subplots(1, 2)
 
     left.plot(log_alpha, -kl, color='0.8', linewidth=6, label='exact, by quadrature')
-    for name, style in _STYLES.items():
-        left.plot(log_alpha, -found[name], label=LABELS[name], **style)
-        right.plot(log_alpha, np.abs(found[name] - kl), **style)
+    for name, line in _STYLES.items():
+        left.plot(log_alpha, -found[name], label=LABELS[name], **line)
+        right.plot(log_alpha, np.abs(found[name] - kl), **line)
     _style(left, 'Negative KL divergence', 'nats; 0 as alpha grows')
     left.set_ylim(-kl.max() - 0.2, 1)  # Kingma's two leave the panel: they are for alpha <= 1
     left.legend(fontsize=8.5, framealpha=0.85, edgecolor='none', loc='lower right')
@@ -333,14 +310,8 @@ def picture(
 
 
 def _style(axes: Axes, title: str, ylabel: str) -> None:
-    axes.set_title(title, loc='left', fontsize=10.5, fontweight='bold')
-    axes.set_xlabel(r'$\log\,\alpha$', fontsize=9.5)
-    axes.set_ylabel(ylabel, fontsize=9.5)
-    axes.tick_params(labelsize=9)
+    style(axes, title, r'$\log\,\alpha$', ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='0.9', linewidth=0.8)
-    axes.set_axisbelow(True)
     axes.margins(x=0)
 
 

@@ -174,7 +174,8 @@ def _figure(width: float, height: float, compress: bool = False) -> Figure:
     return figure
 
 
-def _style(axes: Axes, title: str = '', xlabel: str = '', ylabel: str = '') -> None:
+def style(axes: Axes, title: str = '', xlabel: str = '', ylabel: str = '') -> None:
+    """Title and labels as all pictures here have them."""
     axes.set_title(title, loc='left', fontsize=10.5, fontweight='bold')
     axes.set_xlabel(xlabel, fontsize=9.5)
     axes.set_ylabel(ylabel, fontsize=9.5)
@@ -216,7 +217,7 @@ def training_curves(history: History, path: Path) -> None:
     draw(error, test, 'test', BLUE)
     if variational:
         draw(error, mean, 'test, no weights dropped', GREEN, ':')
-    _style(error, f'Test error: {test[-1]:.2f}%', 'epoch', 'error, %')
+    style(error, f'Test error: {test[-1]:.2f}%', 'epoch', 'error, %')
     # The first epochs may be many times worse than the rest; they run out of the panel.
     worst = np.nanmax([train, test, mean if variational else test])
     error.set_ylim(0, max(1.1 * min(worst, 4 * np.nanmedian(test)), 0.1))
@@ -224,9 +225,7 @@ def training_curves(history: History, path: Path) -> None:
     if variational:
         compression, axes = column('compression'), next(panels)
         draw(axes, compression, 'compression', BLUE)
-        _style(
-            axes, f'Compression: {compression[-1]:.3g}{TIMES}', 'epoch', 'weights / weights kept'
-        )
+        style(axes, f'Compression: {compression[-1]:.3g}{TIMES}', 'epoch', 'weights / weights kept')
         largest = np.max(compression, where=np.isfinite(compression), initial=1)
         axes.set_ylim(0.9, max(10, 1.5 * largest))
         _log_ticks(axes, TIMES)
@@ -239,7 +238,7 @@ def training_curves(history: History, path: Path) -> None:
             sparsity = np.array([row.get(name, np.nan) for row in per_layer], float)
             color = colors[i % len(colors)]
             draw(axes, sparsity, f'{name}: {sparsity[-1]:.1f}%', color)
-        _style(axes, 'Sparsity of each layer', 'epoch', 'weights dropped, %')
+        style(axes, 'Sparsity of each layer', 'epoch', 'weights dropped, %')
         axes.set_ylim(-3, 103)
 
     axes = next(panels)
@@ -252,7 +251,7 @@ def training_curves(history: History, path: Path) -> None:
         draw(axes, kl, 'KL term', ORANGE)
     else:
         draw(axes, loss, 'loss', BLUE)
-    _style(axes, 'Training loss', 'epoch', 'nats')
+    style(axes, 'Training loss', 'epoch', 'nats')
     _log_ticks(axes)
 
     for axes in figure.axes:
@@ -294,7 +293,7 @@ def log_alpha_histogram(params: Mapping[str, Any], threshold: float, path: Path)
         axes.yaxis.set_minor_locator(NullLocator())
         shape = TIMES.join(map(str, values.shape))
         dropped = 100 * np.mean(values >= threshold)
-        _style(axes, f'{name} ({shape}): {dropped:.1f}% dropped', ylabel='weights')
+        style(axes, f'{name} ({shape}): {dropped:.1f}% dropped', ylabel='weights')
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axes.set_xlabel(
         rf'$\log\,\alpha$   (blue: kept, orange: dropped, dashed: threshold {threshold:g}; '

@@ -71,6 +71,33 @@ def lock(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
+@contextlib.contextmanager
+def claimed(out: Path, experiment: str) -> Iterator[None]:
+    """Makes the output folder of an experiment that has no checkpoints, and is alone in it.
+
+    What an earlier run of the experiment wrote may be written again; anything else is safe.
+
+    Raises:
+      UsageError: the folder holds something else, or cannot be written to, now or later; another
+        process is in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with lock(out):
+            if any(out.iterdir()) and not _is_of(experiment, out / 'summary.json'):
+                raise UsageError(f'{out} holds something else: choose another --out')
+            yield
+    except OSError as error:
+        raise UsageError(f'cannot write to {out} ({error}): choose another --out') from error
+
+
+def _is_of(experiment: str, summary: Path) -> bool:
+    try:
+        return json.loads(summary.read_bytes())['experiment'] == experiment
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def read_history(path: Path, last_epoch: int) -> list[Row]:
     """The rows of a metrics.jsonl up to an epoch; a line that a kill left unfinished is skipped."""
     rows = {}

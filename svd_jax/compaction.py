@@ -253,10 +253,8 @@ def _with_collections(variables: PyTree) -> bool:
 
 def _posterior(variables: PyTree) -> str | None:
     """The path of some ``log_sigma2``, if there is one."""
-    for path, _ in jax.tree_util.tree_leaves_with_path(variables):
-        if path and _name(path[-1]) == LOG_SIGMA2:
-            return '/'.join(map(_name, path))
-    return None
+    paths = map(_path, _leaf_paths(variables))
+    return next(('/'.join(path) for path in paths if path[-1:] == (LOG_SIGMA2,)), None)
 
 
 def _function(model: Any, variables: PyTree, options: dict[str, Any]) -> Callable[..., Any]:

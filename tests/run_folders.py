@@ -1,7 +1,9 @@
 """What tests of the experiments share: to start a run, and to read what it left behind."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import config
+from experiments import config, report
 
 ROOT = Path(__file__).parents[1]
 TIMES = ('train_seconds', 'steps_per_second', 'seconds', 'images_per_second')
@@ -21,6 +23,22 @@ def main(experiment: Any, *arguments: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['experiment', *arguments])
         config.command_line(experiment.run, experiment.DEFAULTS, experiment.__doc__)
+
+
+@contextlib.contextmanager
+def interrupted_in_the_second_epoch() -> Iterator[None]:
+    """Of a run with one dispatch an epoch: after its steps and before its row."""
+    advance, calls = report.Report.advance, []
+
+    def interrupted(self: report.Report, done: int) -> None:
+        calls.append(done)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        advance(self, done)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.Report, 'advance', interrupted)
+        yield
 
 
 def state_of(out: Path, epoch: int | None = None) -> dict[str, Any]:

@@ -12,10 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import svd_jax as svd
-from experiments import char_lm, report, text
+from experiments import char_lm, text
 from experiments.errors import UsageError
 from experiments.language_models import LSTM, Transformer
-from run_folders import main, metrics_of, params_of, summary_of, without_times
+from run_folders import (
+    interrupted_in_the_second_epoch,
+    main,
+    metrics_of,
+    params_of,
+    summary_of,
+    without_times,
+)
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 LENGTH = 8
@@ -301,22 +308,12 @@ def test_log_variances_have_a_learning_rate_of_their_own(words: Path) -> None:
 
 @pytest.mark.parametrize('finished', ['lstm'], indirect=True)
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    finished: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, words: Path, tmp_path: Path
 ) -> None:
     """In the second epoch, after its steps and before its row."""
     options = ('--model', finished.name, *SPARSE)
-    advance, calls = report.Report.advance, []
-
-    def interrupted(self: report.Report, done: int) -> None:
-        calls.append(done)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        advance(self, done)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(report.Report, 'advance', interrupted)
-        with pytest.raises(SystemExit) as exit_:
-            run(tmp_path / 'run', words, *options)
+    with interrupted_in_the_second_epoch(), pytest.raises(SystemExit) as exit_:
+        run(tmp_path / 'run', words, *options)
     assert exit_.value.code == 130
     assert len(metrics_of(tmp_path / 'run')) == 1
     with pytest.raises(SystemExit):

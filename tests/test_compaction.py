@@ -282,9 +282,8 @@ class Small(nn.Module):
         return nn.Dense(2)(nn.relu(y).reshape(y.shape[0], -1))
 
 
-@hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from(['SAME', 'VALID']))
-@hypothesis.settings(max_examples=10)
-def test_any_pattern_of_zeros(seed: int, density: float, padding: str) -> None:
+def small_network(seed: int, density: float, padding: str) -> tuple[nn.Module, Any, jax.Array]:
+    """With zeros anywhere."""
     rng, model = np.random.default_rng(seed), Small(padding)
     x = jnp.asarray(rng.normal(size=(2, 5, 5, 2)), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
@@ -292,6 +291,13 @@ def test_any_pattern_of_zeros(seed: int, density: float, padding: str) -> None:
         lambda leaf: np.float32(rng.normal(size=leaf.shape) * (rng.random(leaf.shape) < density)),
         shapes,
     )
+    return model, params, x
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from(['SAME', 'VALID']))
+@hypothesis.settings(max_examples=10)
+def test_any_pattern_of_zeros(seed: int, density: float, padding: str) -> None:
+    model, params, x = small_network(seed, density, padding)
     small = svd.compact(model, params, x)
     assert_same(small(-x), model.apply({'params': params}, -x))
 
@@ -386,13 +392,7 @@ def test_a_variational_tree_stays_one_and_ships_the_folded_network() -> None:
 @hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from(['SAME', 'VALID']))
 @hypothesis.settings(max_examples=10)
 def test_folding_any_pattern_of_zeros(seed: int, density: float, padding: str) -> None:
-    rng, model = np.random.default_rng(seed), Small(padding)
-    x = jnp.asarray(rng.normal(size=(2, 5, 5, 2)), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
-    params = jax.tree.map(
-        lambda leaf: np.float32(rng.normal(size=leaf.shape) * (rng.random(leaf.shape) < density)),
-        shapes,
-    )
+    model, params, x = small_network(seed, density, padding)
     folded = svd.fold(model, params, x)
     assert zeros(folded) >= zeros(params)
     wanted = model.apply({'params': params}, -x)

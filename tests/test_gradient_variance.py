@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import svd_jax as svd
-from experiments import data, gradient_variance
+from experiments import data, gradient_variance, report
 from experiments.errors import UsageError
 from experiments.gradient_variance import Additive, Multiplicative, Options
 from experiments.models import LeNet300
@@ -242,7 +242,7 @@ def test_its_own_folder_is_written_again(finished, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert f'{summary["findings"]["gradient_variance"]["weights"]["bins_above_0"]} bins' in printed
     assert str(out) in printed
-    with gradient_variance._claimed(out):
+    with report.claimed(out, gradient_variance.NAME):
         pass
 
 

@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import data, random_labels, report
+from experiments import data, random_labels
 from experiments.config import fingerprint
 from experiments.errors import UsageError
-from run_folders import ROOT, main, metrics_of, params_of, summary_of, without_times
+from run_folders import (
+    ROOT,
+    interrupted_in_the_second_epoch,
+    main,
+    metrics_of,
+    params_of,
+    summary_of,
+    without_times,
+)
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 SHORT = (
@@ -204,22 +212,11 @@ def test_the_summary_says_what_was_trained(finished: Path) -> None:
 
 
 @pytest.mark.parametrize('finished', ['dense'], indirect=True)
-def test_an_interrupted_run_goes_on_to_the_same_bits(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
     """In the second epoch, after its steps and before its row."""
-    options, advance, calls = options_of(finished), report.Report.advance, []
-
-    def interrupted(self: report.Report, done: int) -> None:
-        calls.append(done)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        advance(self, done)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(report.Report, 'advance', interrupted)
-        with pytest.raises(SystemExit) as exit_:
-            run(tmp_path / 'run', *options)
+    options = options_of(finished)
+    with interrupted_in_the_second_epoch(), pytest.raises(SystemExit) as exit_:
+        run(tmp_path / 'run', *options)
     assert exit_.value.code == 130
     assert len(metrics_of(tmp_path / 'run')) == 1
     summary = run(tmp_path / 'run', *options, '--resume')
