@@ -75,7 +75,7 @@ class Options:
 
 
 class Run(NamedTuple):
-    """A network that was trained, folded (see :func:`svd_jax.fold`), and its data.
+    """A network that was trained, folded and its units sorted, and its data.
 
     Attributes:
       dataset: the images that it was trained on, and those that its files are evaluated on.
@@ -159,11 +159,12 @@ def read_run(folder: Path, data_dir: Path | None, held_out: bool = False) -> Run
     if found is None:
         raise UsageError(f'{folder} holds no checkpoint: pass a run that has saved one')
     state, saved = found
-    image = np.zeros((1, *dataset.test_images.shape[1:]), np.float32)
-    params = svd.fold(
-        NETWORKS[experiment](), state.params, image,
-        threshold=config.threshold, deterministic=True,
-    )  # fmt: skip
+    params, image = state.params, np.zeros((1, *dataset.test_images.shape[1:]), np.float32)
+    for prepare in (svd.fold, svd.sort_units):
+        params = prepare(
+            NETWORKS[experiment](), params, image,
+            threshold=config.threshold, deterministic=True,
+        )  # fmt: skip
     return Run(experiment, config, dataset, held_out, jax.device_get(params), saved['epoch'])
 
 

@@ -9,7 +9,7 @@ rule covers is left as it is.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +18,13 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 
-from svd_jax import backend, table
+from svd_jax import network, table
+from svd_jax.network import Path
 from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
 from svd_jax.rules import RULES, Fixed, Units, Use, View, everything
-from svd_jax.tree import LOG_SIGMA2, PerPath, sparsify
+from svd_jax.tree import PerPath
 
 PyTree = Any
-Path = tuple[str, ...]
 
 
 # What a weight may go through on its way to its use, and still be that weight.
@@ -193,10 +193,10 @@ def compact(model: Any, variables: PyTree, *example: Any, **options: Any) -> Com
       True
     """
     variables = meta.unbox(variables)
-    posterior = _posterior(variables)
+    posterior = network.posterior(variables)
     if posterior is not None:
         raise ValueError(f'{posterior} is a posterior: pass what svd_jax.sparsify returns')
-    return _Analysis(_function(model, variables, options), variables, example).result()
+    return _Analysis(network.function(model, variables, options), variables, example).result()
 
 
 def fold(
@@ -235,39 +235,12 @@ def fold(
              [0.]], dtype=float32)})
     """
     variables = meta.unbox(variables)
-    if _posterior(variables) is None:
-        function = _function(model, variables, options)
-        return _Analysis(function, variables, example, same_shapes=True).folded()
-    if _with_collections(variables):
-        dense = {**variables, 'params': sparsify(variables['params'], threshold)}
-    else:
-        dense = sparsify(variables, threshold)
-    leaves = dict(jax.tree_util.tree_leaves_with_path(fold(model, dense, *example, **options)))
+    dense = network.dense(variables, threshold)
+    function = network.function(model, dense, options)
+    folded = _Analysis(function, dense, example, same_shapes=True).folded()
+    leaves = dict(jax.tree_util.tree_leaves_with_path(folded))
     # log_sigma2, which is not among them, stays.
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path, leaf), variables)
-
-
-def _with_collections(variables: PyTree) -> bool:
-    return isinstance(variables, Mapping) and 'params' in variables
-
-
-def _posterior(variables: PyTree) -> str | None:
-    """The path of some ``log_sigma2``, if there is one."""
-    paths = map(_path, _leaf_paths(variables))
-    return next(('/'.join(path) for path in paths if path[-1:] == (LOG_SIGMA2,)), None)
-
-
-def _function(model: Any, variables: PyTree, options: dict[str, Any]) -> Callable[..., Any]:
-    """The network as a function of its tree and its inputs."""
-    within = _with_collections(variables)
-    run = getattr(model, 'apply', model)
-
-    def function(tree: PyTree, *inputs: Any) -> Any:
-        # A convolution is best recognised where it is one.
-        with backend.override('accelerator'):
-            return run(tree if within else {'params': tree}, *inputs, **options)
-
-    return function
 
 
 class _Runner:
@@ -337,7 +310,7 @@ class _Analysis:
         program = self._program = trace(function, tree, *example)
         leaves = jax.tree.leaves(tree)
         self._weights = program.inputs[: len(leaves)]
-        self._paths = dict(zip(self._weights, map(_path, _leaf_paths(tree)), strict=True))
+        self._paths = dict(zip(self._weights, network.paths(tree), strict=True))
         self._whole = {*program.inputs[len(leaves) :], *program.constants}
         self._values = {
             number: _as_numpy(value)
@@ -485,7 +458,7 @@ class _Analysis:
         for at, use in self._uses.items():
             if use is not None and use.bias is not None:
                 assert self._place_bias(self._program.equations[at], use, arrays) is None
-        leaves, within = [], _with_collections(self._tree)
+        leaves, within = [], network.with_collections(self._tree)
         for number, leaf in zip(self._weights, jax.tree.leaves(self._tree), strict=True):
             path = self._paths[number]
             if (not within or path[0] == 'params') and self._consumers(number):
@@ -606,18 +579,6 @@ class _Analysis:
 
 def _product(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
     return math.prod(shape[a] for a in axes)
-
-
-def _leaf_paths(tree: PyTree) -> list[Any]:
-    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _path(keys: Any) -> Path:
-    return tuple(map(_name, keys))
-
-
-def _name(key: Any) -> str:
-    return str(getattr(key, 'key', getattr(key, 'idx', getattr(key, 'name', key))))
 
 
 def _sizes(units: Units) -> tuple[int, ...]:

@@ -15,8 +15,10 @@ import numpy as np
 
 model = constriction.stream.model
 
-# A column's share of entries is believed as much as the mean of all over so many rows.
-_TRUST = 48
+# A column's share of entries is believed as much as the mean over so many rows; that of the cells
+# with as many neighbours as much as the mean of all over so many cells.
+_TRUST = 96
+_TRUST_NEAR = 16
 
 # Symbols are coded in blocks that all have the probabilities learnt before. A block is an eighth of
 # what came before, or one while that is less than this; no block has more cells than that.
@@ -225,7 +227,7 @@ def positions(coder: Coder, mask: np.ndarray | None, shape: tuple[int, int]) -> 
     """Codes where the entries of a sparse matrix are.
 
     First which columns and which rows have any; then, where such rows and columns cross, every
-    cell, by how many entries its column had before.
+    cell, by how many entries its column had before, and how many its neighbours have.
 
     Args:
       coder: writes or reads.
@@ -238,37 +240,59 @@ def positions(coder: Coder, mask: np.ndarray | None, shape: tuple[int, int]) -> 
     if not math.prod(shape):
         return np.zeros(shape, bool)
     given = (None, None) if mask is None else (np.any(mask, 1), np.any(mask, 0))
-    columns = _flags(coder, given[1], coder.units.of_columns(shape[1]), ())
+    columns = _flags(coder, given[1], coder.units.of_columns(shape[1]), None)
+    neighbours = coder.units.neighbours(shape[0])
     if shape[0] == 1:
         rows = columns.any(keepdims=True)
     else:
-        guess, neighbours = coder.units.of_rows(shape[0]), coder.units.neighbours(shape[0])
-        rows = _flags(coder, given[0], guess, neighbours)
+        rows = _flags(coder, given[0], coder.units.of_rows(shape[0]), neighbours)
     coder.units.learn(columns, shape[0])
     if rows.all() and columns.all():
-        return _cells(coder, mask, shape)
+        return _cells(coder, mask, shape, _above(rows, neighbours))
     inside = np.ix_(rows, columns)
-    cells = _cells(coder, None if mask is None else mask[inside], (rows.sum(), columns.sum()))
+    given_inside = None if mask is None else mask[inside]
+    counts = int(rows.sum()), int(columns.sum())
+    cells = _cells(coder, given_inside, counts, _above(rows, neighbours))
     result = np.zeros(shape, bool)
     result[inside] = cells
     return result
 
 
+def _above(rows: np.ndarray, neighbours: tuple[int, ...]) -> np.ndarray:
+    """For every row with entries, which of these its neighbours are; -1: none of them."""
+    place = np.where(rows, np.cumsum(rows) - 1, -1)
+    at = np.flatnonzero(rows)
+    missing = [at < distance for distance in neighbours]
+    found = [np.where(m, -1, place[at - d]) for m, d in zip(missing, neighbours, strict=True)]
+    return np.array(found, np.int64).reshape(len(neighbours), len(at))
+
+
 def _flags(
-    coder: Coder, flags: np.ndarray | None, guess: np.ndarray, neighbours: tuple[int, ...]
+    coder: Coder, flags: np.ndarray | None, guess: np.ndarray, neighbours: tuple[int, ...] | None
 ) -> np.ndarray:
-    """Codes booleans by what was guessed of each, and by how many of its neighbours are true."""
-    count, kinds = len(guess), len(neighbours) + 1
+    """Codes booleans by what was guessed of each, and by how many of its neighbours are true.
+
+    Args:
+      coder: writes or reads.
+      flags: the booleans, when writing.
+      guess: of each, see :class:`Units`.
+      neighbours: how far before it they are; None: one, the last before the block.
+
+    Returns:
+      The booleans.
+    """
+    count, kinds = len(guess), 2 if neighbours is None else len(neighbours) + 1
     result = np.zeros(count, np.int8)
     seen = np.ones((3 * kinds, 2))
-    _flags_singly(coder, flags, guess, neighbours, result, seen)
-    for block in blocks(count, min(neighbours, default=count), _SINGLY, _SINGLY):
-        chance = seen[:, 1] / seen.sum(1)
+    _flags_singly(coder, flags, guess, (1,) if neighbours is None else neighbours, result, seen)
+    for block in blocks(count, min(neighbours or (), default=count), _SINGLY, _SINGLY):
+        chance, last = seen[:, 1] / seen.sum(1), result[block.start - 1]
         for part in _parts(block):
-            kind = guess[part] * kinds + sum_before(result, part, neighbours)
+            near = last if neighbours is None else sum_before(result, part, neighbours)
+            kind = guess[part] * kinds + near
             given = None if flags is None else flags[part]
             result[part] = bits(coder, given, chance[kind])
-            _count(seen, kind, result[part])
+            _count(seen, kind, result[part], 2)
     return result.view(bool)
 
 
@@ -293,27 +317,50 @@ def _flags_singly(
     result[: len(told)], seen[:] = told, counts
 
 
-def _count(seen: np.ndarray, kind: np.ndarray, symbols: np.ndarray) -> None:
-    """Learns from booleans of several kinds; seen: (kinds, 2), each counted twice."""
-    seen += 2 * np.bincount(2 * kind + symbols, minlength=seen.size).reshape(seen.shape)
+def _count(seen: np.ndarray, kind: np.ndarray, symbols: np.ndarray, each: int) -> None:
+    """Learns from booleans of several kinds; seen: (kinds, 2), to which each adds so much."""
+    seen += each * np.bincount(2 * kind + symbols, minlength=seen.size).reshape(seen.shape)
 
 
-def _cells(coder: Coder, mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    """Codes booleans by the share of true ones before, in their column and in all."""
+def _cells(
+    coder: Coder, mask: np.ndarray | None, shape: tuple[int, int], above: np.ndarray
+) -> np.ndarray:
+    """Codes booleans by the share of true ones before, in their column and with such neighbours.
+
+    Args:
+      coder: writes or reads.
+      mask: the booleans, of this shape, when writing.
+      shape: rows and columns.
+      above: see :func:`_above`, (neighbours, rows).
+
+    Returns:
+      The booleans.
+    """
     rows, columns = shape
     if min(rows, columns) <= 1:  # every row and every column has an entry
         return np.ones(shape, bool)
-    result, seen = np.zeros(shape, bool), np.zeros(columns)
-    for block in blocks(rows, _BLOCK // columns, 0):
-        at = block.start
+    result = np.zeros((rows + 1, columns), np.int8)  # the last one: where there is no neighbour
+    seen, near_seen = np.zeros(columns), np.zeros((len(above) + 1, 2))
+    nearest = above.max(0, initial=-1)
+    at = 0
+    while at < rows:
+        size = min(max(1, min(at // 8, _BLOCK // columns)), rows - at)
+        # No row of a block has a neighbour there.
+        block = slice(at, at + (int(np.argmax(nearest[at : at + size] >= at)) or size))
         share = (seen.sum() + columns / 8) / (at * columns + columns)
+        shares = (near_seen[:, 1] + _TRUST_NEAR * share) / (near_seen.sum(1) + _TRUST_NEAR)
         for part in _parts(slice(0, columns)):  # several only where a block is a single row
-            cells = result[block, part]
-            chance = np.tile((seen[part] + _TRUST * share) / (at + _TRUST), len(cells))
+            near = np.zeros((block.stop - at, part.stop - part.start), np.int8)
+            for neighbours in above[:, block]:
+                near += result[neighbours, part]
+            chance = (seen[part] + _TRUST * shares[near]) / (at + _TRUST)
             given = None if mask is None else mask[block, part].reshape(-1)
-            cells[:] = bits(coder, given, chance).reshape(cells.shape)
-            seen[part] += cells.sum(0)
-    return result
+            symbols = bits(coder, given, chance.reshape(-1))
+            result[block, part] = symbols.reshape(near.shape)
+            _count(near_seen, near.reshape(-1), symbols, 1)
+        seen += result[block].sum(0)
+        at = block.stop
+    return result[:rows].view(bool)
 
 
 def blocks(count: int, largest: int, singly: int = _SINGLY, at: int = 0) -> Iterator[slice]:

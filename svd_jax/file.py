@@ -24,7 +24,7 @@ from svd_jax.entropy import Coder, Reader, Writer
 PyTree = Any
 
 MAGIC = b'SVD'
-VERSION = 1
+VERSION = 2
 
 # In the order of their numbers in the file.
 _DTYPES = [
@@ -55,7 +55,7 @@ _PHRASES = (
 
 
 class SvdFormatError(ValueError):
-    """A file is not a ``.svd`` file, damaged, or of a later version."""
+    """A file is not a ``.svd`` file, damaged, or of another version."""
 
 
 class Leaf(NamedTuple):
@@ -183,7 +183,7 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> PyTre
       as its parameters.
 
     Raises:
-      SvdFormatError: it is not such a file, damaged, of a later version, or larger than allowed.
+      SvdFormatError: it is not such a file, damaged, of another version, or larger than allowed.
       OSError: it cannot be read.
     """
     name = os.fspath(path)
@@ -222,7 +222,8 @@ def opened(data: bytes, max_bytes: int = _MOST_BYTES) -> Opened:
     if len(data) < 9 or zlib.crc32(memoryview(data)[:-4]) != int.from_bytes(data[-4:], 'little'):
         raise SvdFormatError('damaged or cut off: its checksum does not match')
     if data[3] != VERSION:
-        raise SvdFormatError(f'of format {data[3]}, this version reads {VERSION}: upgrade svd_jax')
+        remedy = 'upgrade svd_jax' if data[3] > VERSION else 'save the network again'
+        raise SvdFormatError(f'of format {data[3]}, this version reads {VERSION}: {remedy}')
     outer = _Bytes(memoryview(data)[4:-4])
     packed = outer.take(outer.number())
     header = _Bytes(_inflate(packed))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from svd_jax import sparse
+from svd_jax import network, sparse
 from svd_jax.compaction import Compact
 from svd_jax.program import Constant, Equation, Program, run_equations, trace
 
@@ -131,10 +131,11 @@ class Network:
 
     def _modules(self) -> dict[int, str]:
         """Of every constant that is made of one module's parameters alone, its path."""
-        leaves = jax.tree_util.tree_leaves_with_path(self._small.params)
         paths = {
-            number: '/'.join(name for name in map(_name, path[:-1]) if name != 'params')
-            for number, (path, _) in zip(self._program.inputs[:-1], leaves, strict=True)
+            number: '/'.join(name for name in path[:-1] if name != 'params')
+            for number, path in zip(
+                self._program.inputs[:-1], network.paths(self._small.params), strict=True
+            )
         }
         for equation in self._split(sparse.EXAMPLES).fixed:
             names = {paths.get(number, '') for number in _numbers(equation.inputs)}
@@ -224,10 +225,6 @@ class Network:
             return tree.unflatten(filled)
 
         return returned
-
-
-def _name(key: Any) -> str:
-    return str(getattr(key, 'key', key))
 
 
 def _numbers(operands: Iterable[Any]) -> list[int]:

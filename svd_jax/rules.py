@@ -189,26 +189,26 @@ def _moved(axes: Callable[[Equation, Shape, Shape], Moves], adapt: Adapt | None 
     return Rule(constant, use)
 
 
-def _transpose_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+def transpose_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
     return {old: new for new, old in enumerate(equation.params['permutation'])}
 
 
-def _squeeze_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+def squeeze_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
     gone = [axis % len(before) for axis in equation.params['dimensions']]
     return {old: new for new, old in enumerate(a for a in range(len(before)) if a not in gone)}
 
 
-def _broadcast_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+def broadcast_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
     to = equation.params['broadcast_dimensions']
     return {old: new for old, new in enumerate(to) if before[old] == after[new]}
 
 
-def _reduced_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+def reduced_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
     gone = equation.params['axes']
     return {old: new for new, old in enumerate(a for a in range(len(before)) if a not in gone)}
 
 
-def _window_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+def window_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
     """Those that the window does not touch."""
     p = equation.params
     return {
@@ -220,11 +220,11 @@ def _window_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, i
     }
 
 
-def _sliced_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+def sliced_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
     return {axis: axis for axis, (n, m) in enumerate(zip(before, after, strict=True)) if n == m}
 
 
-def _unpadded_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+def unpadded_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
     configuration = equation.params['padding_config']
     return {axis: axis for axis, c in enumerate(configuration) if tuple(c) == (0, 0, 0)}
 
@@ -530,23 +530,23 @@ def _conv(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units
     )  # fmt: skip
 
 
-_ELEMENTWISE = """
+ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy
 copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma
 log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt
 select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """.split()  # noqa: SIM905
 
-_WINDOW = _moved(_window_axes)
-_REDUCTION = _moved(_reduced_axes)
+_WINDOW = _moved(window_axes)
+_REDUCTION = _moved(reduced_axes)
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, Rule(_elementwise_constant, _elementwise)),
-    'transpose': _moved(_transpose_axes),
-    'squeeze': _moved(_squeeze_axes),
-    'broadcast_in_dim': _moved(_broadcast_axes, _resize),
-    'slice': _moved(_sliced_axes, _end_later),
-    'pad': _only_if(_moved(_unpadded_axes), _same_as_padding),
+    **dict.fromkeys(ELEMENTWISE, Rule(_elementwise_constant, _elementwise)),
+    'transpose': _moved(transpose_axes),
+    'squeeze': _moved(squeeze_axes),
+    'broadcast_in_dim': _moved(broadcast_axes, _resize),
+    'slice': _moved(sliced_axes, _end_later),
+    'pad': _only_if(_moved(unpadded_axes), _same_as_padding),
     **dict.fromkeys(
         ['reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod', 'argmax', 'argmin'], _REDUCTION
     ),

@@ -17,9 +17,9 @@ import pytest
 from jax import export
 
 import svd_jax as svd
+from sparse_networks import NETWORKS, assert_same, sparse_network
 from svd_jax.export import _replay, export_onnx, export_stablehlo
 from svd_jax.program import trace
-from test_compaction import NETWORKS, assert_same, sparse_network
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
