@@ -101,7 +101,7 @@ class Run(NamedTuple):
         ]
         if self.config.validation:
             parts.append(f'{self.config.validation:,} held out')
-        if self.epoch < self.config.epochs:
+        if self.epoch < self.config.total_epochs:
             parts.append(f'epoch {self.epoch}')
         return ', '.join(parts)
 
@@ -286,7 +286,7 @@ def ship(run: Run, tolerance: float, tune: int, folder: Path) -> Row:
     Raises:
       UsageError: the run is not finished.
     """
-    if run.epoch < run.config.epochs:
+    if run.epoch < run.config.total_epochs:
         raise UsageError(f'{run} is not finished: only the last epoch ships')
     path = folder / f'{run.experiment}.svd'
     size = _save(run, tolerance, tune, path)

@@ -21,6 +21,7 @@ from jax import lax
 import svd_jax as svd
 from experiments import config, language_models, loop, pictures, text
 from experiments.training import Training, compute_dtype
+from svd_jax.tree import weights
 
 _EVALUATION_BATCH = 64
 
@@ -108,7 +109,7 @@ class TextTraining(Training):
         return self.model.init(key, jnp.zeros((1, self._length), jnp.int32))['params']
 
     def _apply(self, variables: Any, inputs: jax.Array, rngs: Any) -> tuple[jax.Array, jax.Array]:
-        if not self.variational:
+        if not any(weight.log_sigma2 is not None for weight in weights(variables['params'])):
             return self.model.apply(variables, inputs), jnp.zeros(())
         return svd.apply(
             self.model, variables, inputs, rngs=rngs, kl_method=self.config.kl,

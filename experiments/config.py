@@ -26,6 +26,9 @@ class Config:
     """Where tensorflow-datasets keeps its data; its own default if not given."""
     epochs: int = 200
     """Passes over the training set."""
+    fine_tune: int = 0
+    """Passes after these in which the weights that are left train on, without noise and KL, at a
+    learning rate that falls from LEARNING_RATE to 0 again."""
     seed: int = 0
     """Of the initial weights, the noise and the order of the examples."""
     seeds: int = 1
@@ -77,7 +80,7 @@ class Config:
         self._check_types()
         for name in ('epochs', 'batch_size', 'num_samples', 'seeds'):
             require(getattr(self, name) >= 1, name, 'must be at least 1')
-        for name in ('validation', 'shift'):
+        for name in ('validation', 'shift', 'fine_tune'):
             require(getattr(self, name) >= 0, name, 'must be at least 0')
         # JAX would take a larger one modulo 2**32: two seeds would be the same.
         last = self.seed + self.seeds - 1
@@ -96,6 +99,7 @@ class Config:
         require(
             self.method == 'svd' or self.kl_weight == (1.0,), 'kl_weight', 'is for --method svd'
         )
+        require(self.method == 'svd' or not self.fine_tune, 'fine_tune', 'is for --method svd')
         if self.pretrained is not None and self.method == 'dense':
             raise UsageError('--pretrained starts --method svd: leave it out for --method dense')
 
@@ -127,6 +131,10 @@ class Config:
     @property
     def kl_warmup(self) -> tuple[float, float]:
         return self.warmup or warmup_epochs(self.epochs)
+
+    @property
+    def total_epochs(self) -> int:
+        return self.epochs + self.fine_tune
 
     def folder(self, experiment: str) -> Path:
         seeds = f'seed{self.seed}' if self.seeds == 1 else f'seeds{self.seed}-{self._seeds()[-1]}'

@@ -86,7 +86,7 @@ def _train(
     for folder, options in {out: config, **dict(zip(folders, alone.values(), strict=True))}.items():
         folder.mkdir(exist_ok=True)
         write_json(folder / 'run.json', facts | options.identity())
-    if done < config.epochs:
+    if done < config.total_epochs:
         (out / 'summary.json').unlink(missing_ok=True)  # its being there says: complete
     if not done:
         _save_frames(folders, 0, training, state)
@@ -98,7 +98,7 @@ def _train(
         def report(folder: Path, console: Console) -> Report:
             history = read_history(folder / 'metrics.jsonl', done)
             return opened.enter_context(
-                Report(folder, title, history, done, config.epochs, training.steps, console)
+                Report(folder, title, history, done, config.total_epochs, training.steps, console)
             )
 
         # What is shown of several networks is their mean; each has its own files.
@@ -106,7 +106,7 @@ def _train(
         quiet = Console(quiet=True, force_terminal=False)
         reports = [shown] if folders == [out] else [report(folder, quiet) for folder in folders]
         saved = time.perf_counter()
-        for epoch in range(done + 1, config.epochs + 1):
+        for epoch in range(done + 1, config.total_epochs + 1):
             started = time.perf_counter()
             state, rows = training.epoch(state, epoch, shown.advance)
             seconds += time.perf_counter() - started
@@ -115,13 +115,13 @@ def _train(
             if len(rows) > 1:
                 shown.add(mean_row(rows))
             _save_frames(folders, epoch, training, state)
-            last = epoch == config.epochs
+            last = epoch == config.total_epochs
             if last or time.perf_counter() - saved > config.checkpoint_seconds:
                 checkpoints.save(epoch, state, {'seconds': seconds})
                 saved = time.perf_counter()
     common = {
         'train_seconds': seconds,
-        'steps_per_second': config.epochs * training.steps / seconds,
+        'steps_per_second': config.total_epochs * training.steps / seconds,
         **environment(),
     }
     summaries = [
@@ -131,7 +131,9 @@ def _train(
     states = training.split(state)
     for folder, own, reported, summary in zip(folders, states, reports, summaries, strict=True):
         if folder != out:  # for --pretrained
-            _checkpoints(experiment, folder, console).save(config.epochs, own, {'seconds': seconds})
+            _checkpoints(experiment, folder, console).save(
+                config.total_epochs, own, {'seconds': seconds}
+            )
         summary |= training.finish(folder, own, reported.history)
         write_json(folder / 'summary.json', summary)
     if len(summaries) == 1:
@@ -242,8 +244,8 @@ def _start(
             state, facts = restored
             done = facts['epoch']
             console.print(
-                f'resuming after epoch {done} of {config.epochs}'
-                if done < config.epochs
+                f'resuming after epoch {done} of {config.total_epochs}'
+                if done < config.total_epochs
                 else f'all {done} epochs are done: writing the pictures and the summary again'
             )
             return state, done, facts['seconds']

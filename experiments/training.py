@@ -89,24 +89,41 @@ class Training:
         self.names, self._configs = list(alone), list(alone.values())
         self.variational = config.method == 'svd'
         self.steps = count // config.batch_size
-        self.learning_rate = optax.linear_schedule(
+        self._schedule = optax.linear_schedule(
             config.learning_rate,
             0.0,
             max(1, round(config.epochs * self.steps * (1 - config.decay_from))),
             round(config.epochs * self.steps * config.decay_from),
         )
-        # The paper's authors minimise N times this loss, with an eps of 1e-8: this is the same. A
-        # weight that is about to be dropped has gradients of about 1e-8 here.
-        self._dense_tx = self.tx = optax.adam(self.learning_rate, eps=1e-8 / num_data)
-        if self.variational and config.log_sigma2_rate != 1:
-            rate = optax.scale(config.log_sigma2_rate)
-            self.tx = optax.chain(self._dense_tx, optax.masked(rate, _is_log_sigma2))
+        self._fine_schedule = optax.linear_schedule(
+            config.learning_rate, 0.0, max(1, config.fine_tune * self.steps)
+        )
+        self._dense_tx = self._adam(self._schedule)
+        self.tx, self._fine_tx = map(self._optimiser, (self._schedule, self._fine_schedule))
         self._warmup = svd.kl_warmup_for(
             self._count, config.batch_size, config.epochs, config.kl_warmup
         )
         seeds = jnp.asarray([own.seed for own in self._configs], jnp.uint32)
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
         self._init_keys, self._noise_keys = keys[:, 0], keys[:, 1]
+
+    def _adam(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        # The paper's authors minimise N times this loss, with an eps of 1e-8: this is the same. A
+        # weight that is about to be dropped has gradients of about 1e-8 here.
+        return optax.adam(schedule, eps=1e-8 / self._num_data)
+
+    def _optimiser(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        if not self.variational or self.config.log_sigma2_rate == 1:
+            return self._adam(schedule)
+        rate = optax.scale(self.config.log_sigma2_rate)
+        return optax.chain(self._adam(schedule), optax.masked(rate, _is_log_sigma2))
+
+    def learning_rate(self, epoch: int) -> float:
+        """At the first step of an epoch."""
+        done = epoch - 1 - self.config.epochs
+        if done < 0:
+            return float(self._schedule((epoch - 1) * self.steps))
+        return float(self._fine_schedule(done * self.steps))
 
     def _streams(self) -> bool:
         """Whether the training images stay on the host."""
@@ -185,17 +202,24 @@ class Training:
             return [state]
         return [jax.tree.map(lambda leaf: leaf[i], state) for i in range(len(self.names))]  # noqa: B023
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _apply_left(
+        self, variables: Any, inputs: jax.Array, rngs: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The network that is left, in training; what was dropped gets no gradient."""
+        left = self._left(variables['params'], self.config.threshold)
+        return self._apply({**variables, 'params': left}, inputs, rngs)
+
+    @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
     def _chunk(
-        self, state: svd.TrainState, resident: Any, *each: Any
+        self, fine_tune: bool, state: svd.TrainState, resident: Any, *each: Any
     ) -> tuple[svd.TrainState, dict[str, jax.Array]]:
         """Some steps; ``each`` network has its own batches, keys and KL weight."""
 
         def chunk(state: svd.TrainState, batches: Any, keys: jax.Array, weight: jax.Array) -> Any:
             take_step = svd.make_train_step(
-                self._apply,
+                self._apply_left if fine_tune else self._apply,
                 svd.classification_loss,
-                self.tx,
+                self._fine_tx if fine_tune else self.tx,
                 num_data=self._num_data,
                 num_samples=self.config.num_samples,
                 kl_weight=lambda step: weight * self._warmup(step),
@@ -252,11 +276,15 @@ class Training:
             self._noise_keys
         )
         kl_weights = jnp.asarray([own.kl_weight[0] for own in self._configs])
-        learning_rate = float(self.learning_rate(jnp.ravel(state.step)[0]))
+        fine_tune = epoch > self.config.epochs
+        if epoch == self.config.epochs + 1:
+            state = state.replace(opt_state=self._fresh(state.params))
         started, chunks = time.perf_counter(), []
         for first, batches in zip(range(0, self.steps, _CHUNK), self._feed(orders), strict=True):
             part = slice(first, first + _CHUNK)
-            state, metrics = self._chunk(state, self._resident, batches, keys[:, part], kl_weights)
+            state, metrics = self._chunk(
+                fine_tune, state, self._resident, batches, keys[:, part], kl_weights
+            )
             chunks.append(jax.device_get(metrics))
             advance(min(first + _CHUNK, self.steps))
         seconds = time.perf_counter() - started
@@ -276,16 +304,22 @@ class Training:
             mean = {k: float(v[i, finite].mean()) for k, v in metrics.items()}
             row = {
                 'epoch': epoch, 'loss': mean['loss'], 'data_term': mean['data_term'],
-                'learning_rate': learning_rate, 'train_error': 100 * mean['error'],
+                'learning_rate': self.learning_rate(epoch), 'train_error': 100 * mean['error'],
                 **self._scores(self._left(own.params, self.config.threshold)),
                 **self._counts(own),
                 'skipped_steps': int((~finite).sum()), 'seconds': seconds,
                 **self._speed(orders[i].size / seconds),
             }  # fmt: skip
             if self.variational:
-                row |= {'kl': mean['kl'], 'kl_weight': mean['kl_weight']}
+                weight = 0.0 if fine_tune else mean['kl_weight']
+                row |= {'kl': mean['kl'], 'kl_weight': weight}
             rows.append(row)
         return state, rows
+
+    def _fresh(self, params: Any) -> Any:
+        """The optimiser's state before the first step of fine-tuning."""
+        init = self._fine_tx.init
+        return init(params) if len(self.names) == 1 else jax.vmap(init)(params)
 
     def _speed(self, examples_per_second: float) -> dict[str, float]:
         return {'images_per_second': examples_per_second}
@@ -307,7 +341,7 @@ class Training:
 
     def finish(self, folder: Path, state: svd.TrainState, history: pictures.History) -> Any:
         """Writes the file and the pictures of one network; returns what its summary has of them."""
-        frames = pictures.load_frames(folder / 'frames', self.config.epochs)
+        frames = pictures.load_frames(folder / 'frames', self.config.total_epochs)
         params = jax.device_get(state.params)
         pictures.write_all(folder, params, history, self.config.threshold, frames)
         return self._ship(folder, params)

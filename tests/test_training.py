@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import svd_jax as svd
-from experiments import lenet300
+from experiments import data, lenet300
 from experiments.config import Config
 from experiments.errors import UsageError
 from run_folders import main, metrics_of, params_of, summary_of, without_times
@@ -130,6 +132,8 @@ def test_one_of_several_dense_networks_is_a_start(tmp_path: Path) -> None:
         ({'kl_weight': (-1.0,)}, '--kl-weight must be at least 0'),
         ({'kl_weight': (float('nan'),)}, '--kl-weight needs finite numbers'),
         ({'kl_weight': (2.0,), 'method': 'dense'}, '--kl-weight is for --method svd'),
+        ({'fine_tune': -1}, '--fine-tune must be at least 0'),
+        ({'fine_tune': 1, 'method': 'dense'}, '--fine-tune is for --method svd'),
     ],
 )
 def test_bad_input(options: dict, message: str) -> None:
@@ -156,3 +160,60 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(tmp_path: Path)
         assert half[name].dtype == array.dtype == np.float32
         distance = np.mean(np.abs(half[name] - array)) / np.mean(np.abs(array))
         assert 0 < distance < 0.02, name
+
+
+def test_fine_tuning_trains_what_is_left_by_plain_adam(tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    # In so few epochs only noisy weights are dropped.
+    run(out, '--epochs', '2', '--fine-tune', '1', '--log-sigma2-init', '-5')
+    before, after = params_of(out, 2), params_of(out, 3)
+    dataset = data.load('mnist5k')
+    images = dataset.train_images.astype(np.float32).reshape(len(dataset.train_labels), -1) / 255
+    images -= images.mean(0)
+    steps = len(images) // 1000
+
+    def left(params: dict) -> dict:
+        """A kernel's entries where log alpha is below 3."""
+        dropped = {
+            k: v['log_sigma2'] - 2 * jnp.log(jnp.abs(v['kernel'])) for k, v in params.items()
+        }
+        return {k: jnp.where(dropped[k] < 3, v['kernel'], 0) for k, v in params.items()}
+
+    def loss(params: dict, x: np.ndarray, y: np.ndarray) -> jax.Array:
+        for name, kernel in left(params).items():
+            x = x @ kernel + params[name]['bias'][None]
+            x = x if name == 'Dense_2' else jax.nn.relu(x)
+        return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
+
+    tx = optax.adam(lambda step: 1e-3 * (1 - step / steps), eps=1e-8 / len(images))
+    params, state = before, tx.init(before)
+    for batch in data.epoch_permutation(0, 3, len(images), 1000):
+        gradient = jax.grad(loss)(params, images[batch], dataset.train_labels[batch])
+        updates, state = tx.update(gradient, state)
+        params = optax.apply_updates(params, updates)
+    for name, kernel in left(before).items():
+        assert 0.01 < np.mean(kernel != 0) < 0.99
+        np.testing.assert_array_equal(after[name]['log_sigma2'], before[name]['log_sigma2'])
+        moved = np.abs(params[name]['kernel'] - before[name]['kernel'])
+        assert moved.max() > 1e-3
+        assert not np.any(moved[kernel == 0])
+        # Rounding decides which way Adam goes where there is next to no gradient.
+        distance = np.abs(after[name]['kernel'] - params[name]['kernel'])
+        assert np.mean(distance) < 0.01 * np.mean(moved)
+    assert [row['kl_weight'] == 0 for row in metrics_of(out)] == [False, False, True]
+    summary = summary_of(out)
+    assert summary['epochs'] == 2
+    assert summary['config']['fine_tune'] == 1
+
+
+def test_stopped_before_fine_tuning_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    options = ('--epochs', '1', '--fine-tune', '1', '--seeds', '2')
+    run(tmp_path / 'whole', *options)
+    out = shutil.copytree(tmp_path / 'whole', tmp_path / 'stopped')
+    shutil.rmtree(out / 'checkpoints' / '2')
+    for name in ('seed0', 'seed1'):
+        shutil.rmtree(out / name)
+    run(out, *options, '--resume')
+    for name in ('seed0', 'seed1'):
+        whole = params_of(tmp_path / 'whole' / name, 2)
+        np.testing.assert_equal(params_of(out / name, 2), whole)
