@@ -1,11 +1,12 @@
 """The options of an experiment, and its command line."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -73,6 +74,8 @@ class Config:
     """Feed images from the host, ahead of the device; auto: if they would fill a quarter of it."""
     validation: int = 0
     """Hold out this many training images and report errors on them, not on the test set."""
+    recipe: tyro.conf.Suppress[str] = 'paper'
+    """Whose defaults these are; what they say stands in the other options."""
     checkpoint_seconds: float = 30.0
     """Least time between two checkpoints; the last epoch always gets one."""
 
@@ -154,7 +157,9 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """What determines the result: two runs that agree in it end with the same network."""
-        elsewhere = ('out', 'resume', 'data_dir', 'checkpoint_seconds', 'dataset', 'stream')
+        elsewhere = (
+            'out', 'resume', 'data_dir', 'checkpoint_seconds', 'dataset', 'stream', 'recipe',
+        )  # fmt: skip
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}
         fields['warmup'] = self.kl_warmup
         return json.loads(json.dumps(fields, default=str))
@@ -182,15 +187,32 @@ def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def command_line(run: Callable[[Any], None], defaults: Config, description: str) -> None:
-    """Parses the command line and runs; bad input ends with one line on stderr and exit code 2."""
+def command_line(
+    run: Callable[[Any], None],
+    defaults: Config,
+    description: str,
+    recipes: Mapping[str, Config] | None = None,
+) -> None:
+    """Parses the command line and runs; bad input ends with one line on stderr and exit code 2.
+
+    Args:
+      run: what to do with the options.
+      defaults: of the options.
+      description: of the experiment.
+      recipes: other defaults, by the name that ``--recipe`` gives them.
+    """
     options: Any = Annotated[type(defaults), tyro.conf.arg(name='')]
     module = sys.modules['__main__'].__spec__  # None if started by the name of its file
+    named, rest = _recipe(defaults, recipes or {}, sys.argv[1:])
+    if recipes:
+        names = '|'.join(('paper', *recipes))
+        description += f'\n--recipe {names} chooses the defaults of the options below.'
     try:
         config = tyro.cli(
             options,
+            args=rest,
             prog=f'python -m {module.name}' if module else None,
-            default=defaults,
+            default=named,
             description=description,
         )
         run(config)
@@ -200,3 +222,16 @@ def command_line(run: Callable[[Any], None], defaults: Config, description: str)
     except KeyboardInterrupt:
         print('interrupted: --resume goes on from the last checkpoint', file=sys.stderr)
         sys.exit(130)
+
+
+def _recipe(
+    defaults: Config, recipes: Mapping[str, Config], arguments: list[str]
+) -> tuple[Config, list[str]]:
+    """The defaults that the arguments name, and the other arguments."""
+    if not recipes:
+        return defaults, arguments
+    known = {'paper': defaults, **recipes}
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--recipe', choices=list(known), default='paper')
+    named, rest = parser.parse_known_args(arguments)
+    return known[named.recipe], rest

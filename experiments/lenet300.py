@@ -4,9 +4,15 @@ Result: test error 1.91 +- 0.08 %, 113.7 +- 2.0 times fewer weights (200 epochs,
 --seeds 3), less than five minutes a seed on two cores of a CPU.
 """
 
+import dataclasses
+
 from experiments import config, loop, models
 
 DEFAULTS = config.Config(decay_from=0.5)
+# More weights go at the same error: docs/results.md says how that was found.
+RECIPES = {
+    'best': dataclasses.replace(DEFAULTS, recipe='best', shift=1, kl_weight=(2.5,), fine_tune=10)
+}
 
 
 def run(options: config.Config) -> None:
@@ -14,4 +20,4 @@ def run(options: config.Config) -> None:
 
 
 if __name__ == '__main__':
-    config.command_line(run, DEFAULTS, __doc__)
+    config.command_line(run, DEFAULTS, __doc__, RECIPES)

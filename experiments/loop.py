@@ -125,7 +125,7 @@ def _train(
         **environment(),
     }
     summaries = [
-        {'experiment': experiment, 'recipe': 'paper', **results, **common}
+        {'experiment': experiment, 'recipe': config.recipe, **results, **common}
         for results in training.results(state)
     ]
     states = training.split(state)

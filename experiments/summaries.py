@@ -218,7 +218,11 @@ def changed(config: Config, experiment: str) -> dict[str, Any]:
     """The options that are not at the experiment's defaults."""
     defaults = defaults_of(experiment)
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {name: value for name, value in values.items() if value != getattr(defaults, name)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name != 'recipe' and value != getattr(defaults, name)
+    }
 
 
 def flags(values: dict[str, Any]) -> list[str]:

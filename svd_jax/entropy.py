@@ -243,7 +243,7 @@ def positions(coder: Coder, mask: np.ndarray | None, shape: tuple[int, int]) -> 
     columns = _flags(coder, given[1], coder.units.of_columns(shape[1]), None)
     neighbours = coder.units.neighbours(shape[0])
     if shape[0] == 1:
-        rows = columns.any(keepdims=True)
+        rows = np.array([columns.any()])
     else:
         rows = _flags(coder, given[0], coder.units.of_rows(shape[0]), neighbours)
     coder.units.learn(columns, shape[0])

@@ -22,7 +22,8 @@ def main(experiment: Any, *arguments: str) -> None:
     """An experiment, from its command line on, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['experiment', *arguments])
-        config.command_line(experiment.run, experiment.DEFAULTS, experiment.__doc__)
+        recipes = getattr(experiment, 'RECIPES', None)
+        config.command_line(experiment.run, experiment.DEFAULTS, experiment.__doc__, recipes)
 
 
 @contextlib.contextmanager
