@@ -112,11 +112,12 @@ def magnitude(kernels: Kernels) -> Kernels:
     return {name: jnp.abs(kernel) for name, kernel in kernels.items()}
 
 
-def random_score(key: jax.Array) -> Score:
+def random_score(seed: int) -> Score:
     """The same draws each time: what is pruned has nothing to do with the weights."""
 
     def score(kernels: Kernels) -> Kernels:
-        keys = jax.random.split(key, len(kernels))
+        # A training from the same seed splits its key in two: a third branch is free.
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2), len(kernels))
         pairs = zip(kernels.items(), keys, strict=True)
         return {name: jax.random.uniform(own, kernel.shape) for (name, kernel), own in pairs}
 

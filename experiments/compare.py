@@ -306,8 +306,7 @@ def make_training(options: Options, job: Job, dataset: data.Dataset) -> Training
 
     def gradual(steps: int) -> optax.GradientTransformation:
         begin, end = pruning_steps(options, steps)
-        key = jax.random.fold_in(jax.random.key(job.seed), 2)  # the training splits off 0 and 1
-        score = baselines.random_score(key) if job.method == 'random' else baselines.magnitude
+        score = baselines.random_score(job.seed) if job.method == 'random' else baselines.magnitude
         return baselines.gradual_pruning(sparsity(job), begin, end, options.prune_every, score)
 
     return Pruned(network, dense, dataset, gradual)
@@ -537,8 +536,17 @@ def _summary(options: Options, identity: dict[str, Any], rows: list[Row]) -> dic
     by_method = {
         method: [row for row in rows if row['method'] == method] for method in options.methods
     }
+    default, own = dataclasses.asdict(Options(methods=('dense',))), dataclasses.asdict(options)
+    default['methods'] = tuple(LABELS)
+    changed = {
+        name: value
+        for name, value in own.items()
+        if value != default[name] and name not in ('data_dir', 'out', 'resume')
+    }
     return {
         **identity,
+        # What the command needs to say.
+        'options': json.loads(json.dumps(changed | {'dataset': identity['dataset']}, default=str)),
         'seeds': sorted({row['seed'] for row in rows}),
         'evaluated_on': rows[0]['evaluated_on'],
         'train_seconds': sum(row['train_seconds'] for row in rows),

@@ -1,6 +1,7 @@
 """experiments.baselines against the papers, and experiments.compare from its command line on."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tyro
 from scipy import integrate, stats
 
-from experiments import baselines, compare, summaries
+from experiments import baselines, compare, results, summaries
 from experiments.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -150,19 +152,35 @@ def test_what_is_pruned_was_the_smallest_and_never_comes_back() -> None:
         assert 0 < gone[6].sum() < gone[-1].sum()
         # What is left goes on being trained.
         assert np.all((kernels[-1] != kernels[-2]) | gone[-1])
-    # Without the pruning of step 14, the same training has the smallest weights at its places.
-    free = train(baselines.gradual_pruning(sparsity, 2, 13, 3), 15, small())[14]
-    for name in SHAPES:
-        new = history[14][name]['kernel'] == 0
-        size = np.abs(free[name]['kernel'])
-        assert size[new].max() <= size[~new].min() or np.all(new == (size == 0))
+
+
+def test_each_pruning_takes_the_smallest_of_the_weights_as_they_are_then() -> None:
+    params, rng = small(), np.random.default_rng(5)
+    tx = baselines.gradual_pruning({'Conv_0': 0.5, 'Dense_0': 0.9}, 0, 8, 2)
+    state, prunings = tx.init(params), 0
+    update = jax.jit(tx.update)
+    for _ in range(9):
+        moves = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype('f4'), params)
+        moved = jax.tree.map(np.add, params, moves)
+        updates, state = update(moves, state, params)
+        after = optax.apply_updates(params, updates)
+        for name in SHAPES:
+            was, now = (np.asarray(own[name]['kernel']) for own in (params, after))
+            size = np.abs(moved[name]['kernel'])
+            new = (now == 0) & (was != 0)
+            if new.any():
+                prunings += 1
+                assert size[new].max() <= size[now != 0].min()
+            np.testing.assert_allclose(np.abs(now)[now != 0], size[now != 0], rtol=1e-6)
+        params = after
+    assert prunings == 7  # at 2, 4, 6 and 8; rounding leaves the smaller layer none at 8
 
 
 def test_random_pruning_keeps_the_share_of_each_layer_and_ignores_the_weights() -> None:
     sparsity = {'Conv_0': 0.5, 'Dense_0': 0.9}
     gone = []
-    for key, params in ((0, small(0)), (0, small(1)), (1, small(0))):
-        score = baselines.random_score(jax.random.key(key))
+    for seed, params in ((0, small(0)), (0, small(1)), (1, small(0))):
+        score = baselines.random_score(seed)
         history = train(baselines.gradual_pruning(sparsity, 1, 9, 2, score), 12, params)
         assert zeros(history[-1]) == {'Conv_0': 18, 'Dense_0': 180}
         assert np.all(
@@ -356,6 +374,33 @@ def test_a_run_writes_what_it_says(finished: Any) -> None:
     assert together['sparsity_per_layer'] != pytest.approx(layerwise['sparsity_per_layer'], abs=1)
     # 4 epochs of 10 steps; iterated: 2 of 2, the second one from the first epoch on.
     assert [row['steps'] for row in rows] == [40, 40, 20]
+
+
+def test_the_page_of_results_shows_it(finished: Any, tmp_path: Path) -> None:
+    _, summary = finished
+    path = tmp_path / 'compare-lenet300.json'
+    path.write_text(json.dumps(summary))
+    page = results.page([(path, summaries.read(path))])
+    section = page.split('## Beside other methods\n')[1].split('\n## ')[0]
+    for method in METHODS:
+        (row,) = summary['methods'][method]
+        (line,) = (
+            li for li in section.splitlines() if li.startswith(f'| {compare.LABELS[method]} |')
+        )
+        error, ratio = f'{row["test_error"]:.2f}', f'{row["compression"]:.1f}'
+        assert f'| {row["setting"]} | 1 (0) | {error} | {ratio} |' in line
+    assert 'LeNet-300-100' not in section  # no longer open
+    assert '**svd_jax, LeNet-5-Caffe** | 3 (0 to 2) | **open**' in section
+    # The command gives the options of the run again.
+    commands = [line for line in section.splitlines() if line.startswith('python -m')]
+    ours, still = (shlex.split(line, comments=True)[3:] for line in commands)
+    found = tyro.cli(compare.Options, args=ours)
+    assert found.epochs == 4
+    assert (found.methods, found.l0_weight) == (METHODS, (3.0,))
+    assert compare.targets(found)[0].per_layer == pytest.approx(
+        {name: percent / 100 for name, percent in ASKED.items()}
+    )
+    assert tyro.cli(compare.Options, args=still).network == 'lenet5'
 
 
 def test_a_killed_run_goes_on_with_what_is_missing(finished: Any, like: Path) -> None:
