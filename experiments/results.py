@@ -139,7 +139,13 @@ SECTIONS = [
         'What else makes a network sparse, with the same optimiser, batches and epochs. The '
         'pruning methods get the\nsparsity that Sparse VD chose, of the whole network or of each '
         'layer; the others find one themselves, by the\nweight of their penalty. Iterated pruning '
-        'shares the epochs out among its rounds.',
+        'shares the epochs out among its rounds.\n\n'
+        'Gradual pruning: Zhu & Gupta 2018, [arXiv:1710.01878](https://arxiv.org/abs/1710.01878). '
+        'Iterated pruning with rewinding:\nFrankle & Carbin 2019, '
+        '[arXiv:1803.03635](https://arxiv.org/abs/1803.03635), and Frankle et al. 2020, '
+        '[arXiv:1912.05671](https://arxiv.org/abs/1912.05671).\nL0, with a gate for every weight: '
+        'Louizos et al. 2018, [arXiv:1712.01312](https://arxiv.org/abs/1712.01312). ARD:\n'
+        'Kharitonov et al. 2018, [arXiv:1811.00596](https://arxiv.org/abs/1811.00596).',
         [
             Open(
                 title,
