@@ -135,6 +135,31 @@ SECTIONS = [
         'mnist', picture=True,
     ),
     Section(
+        'compare', 'Beside other methods',
+        'What else makes a network sparse, with the same optimiser, batches and epochs. The '
+        'pruning methods get the\nsparsity that Sparse VD chose, of the whole network or of each '
+        'layer; the others find one themselves, by the\nweight of their penalty. Iterated pruning '
+        'shares the epochs out among its rounds.\n\n'
+        'Gradual pruning: Zhu & Gupta 2018, [arXiv:1710.01878](https://arxiv.org/abs/1710.01878). '
+        'Iterated pruning with rewinding:\nFrankle & Carbin 2019, '
+        '[arXiv:1803.03635](https://arxiv.org/abs/1803.03635), and Frankle et al. 2020, '
+        '[arXiv:1912.05671](https://arxiv.org/abs/1912.05671).\nL0, with a gate for every weight: '
+        'Louizos et al. 2018, [arXiv:1712.01312](https://arxiv.org/abs/1712.01312). ARD:\n'
+        'Kharitonov et al. 2018, [arXiv:1811.00596](https://arxiv.org/abs/1811.00596).',
+        [
+            Open(
+                title,
+                {'dataset': 'mnist', 'network': network, 'seeds': 3,
+                 'like': Path(f'experiments/results/{network}-sparse_vd-200epochs-seed0.json')},
+                needs,
+            )
+            for network, title, needs in (
+                ('lenet300', 'LeNet-300-100', 'about 3 hours on two CPU cores'),
+                ('lenet5', 'LeNet-5-Caffe', 'a GPU'),
+            )
+        ],
+    ),
+    Section(
         'vgg', 'VGG-like networks on CIFAR, by width',
         'The paper trains networks of k times 64 to 512 filters, k being 0.25, 0.5, 1 and 1.5: '
         'dense ones with\nbinary dropout, then Sparse VD from there. It shows a plot: no accuracy '
@@ -486,9 +511,53 @@ def study(section: Section, summaries: list[Summary]) -> Iterator[str]:
         if summaries:
             yield f'![{section.title}](pictures/{section.experiment}.png)'
         yield from map(errors_table, summaries)
+    elif section.experiment == 'compare':
+        yield from comparison(section, summaries)
+        return
     else:
         yield values_table(section, summaries)
     yield code([command(section.experiment, {})])
+
+
+def comparison(section: Section, summaries: list[Summary]) -> Iterator[str]:
+    """Tables of all methods, a picture, and the commands that make them."""
+    for summary in summaries:
+        network = summary['network']
+        yield f'### {network}, {summary["epochs"]} epochs, {summary["dataset"]}'
+        yield methods_table(summary)
+    if summaries:
+        yield f'![{section.title}](pictures/results_compare.png)'
+    made = {summary['network'] for summary in summaries}
+    still = [one for one in section.open if one.options['network'] not in made]
+    if still:
+        yield table([
+            {'': f'**svd_jax, {one.what}**', 'seeds': seeds(range(one.options['seeds'])),
+             ERROR: '**open**', 'training': f'needs {one.needs}'}
+            for one in still
+        ])  # fmt: skip
+    # A list in JSON is a tuple among options.
+    options = [
+        {k: tuple(v) if isinstance(v, list) else v for k, v in summary['options'].items()}
+        for summary in summaries
+    ]
+    yield code([command('compare', own) for own in [*options, *(one.options for one in still)]])
+
+
+def methods_table(summary: Summary) -> str:
+    """The methods of a comparison, each from little to much compression."""
+    from experiments.compare import LABELS, points
+
+    return table([
+        {'': LABELS[point.method], 'setting': point.setting, 'seeds': seeds(point.values('seed')),
+         ERROR: mean_sd(point.values('test_error'), 2),
+         COMPRESSION: compression(point.values('compression')),
+         ZEROS: '-'.join(
+             f'{np.mean([layers[name] for layers in point.values("sparsity_per_layer")]):.1f}'
+             for name in point.rows[0]['sparsity_per_layer']
+         ),
+         'training': duration(sum(point.values('train_seconds')))}
+        for point in points(summary)
+    ])  # fmt: skip
 
 
 def read_all(folder: Path) -> list[tuple[Path, Summary]]:
@@ -587,6 +656,11 @@ def run(options: Options) -> None:
         if section.picture:
             runs = [make_run(*pair) for pair in _of(section, summaries)]
             picture(section, runs, folder / f'results_{section.experiment}.png')
+        compared = [found for _, found in _of(section, summaries)]
+        if section.experiment == 'compare' and compared:
+            from experiments import compare
+
+            compare.picture(compared, folder / 'results_compare.png')
     print(f'wrote {options.page}')
 
 
