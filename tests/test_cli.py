@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import svd_jax as svd
-from experiments import data, lenet5, lenet300, models, training
-from experiments.config import Config
+from experiments import data, lenet5, lenet300, models, summaries, training
+from experiments.config import Config, command_line
 from experiments.errors import UsageError
 from run_folders import ROOT, main, metrics_of, params_of, summary_of
 
@@ -341,3 +341,40 @@ def test_interrupt(capfd: pytest.CaptureFixture[str]) -> None:
         main(experiment)
     assert exit_.value.code == 130
     assert capfd.readouterr().err == 'interrupted: --resume goes on from the last checkpoint\n'
+
+
+# --- Recipes --------------------------------------------------------------------------------------
+
+
+def options_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
+    """What lenet300 would run with."""
+    given: list[Config] = []
+    monkeypatch.setattr(sys, 'argv', ['lenet300', *arguments])
+    command_line(given.append, lenet300.DEFAULTS, 'description', lenet300.RECIPES)
+    (options,) = given
+    return options
+
+
+def test_a_recipe_is_a_set_of_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options_of(monkeypatch) == lenet300.DEFAULTS
+    assert options_of(monkeypatch, '--recipe', 'paper', '--epochs', '3').epochs == 3
+    best = lenet300.RECIPES['best']
+    assert best.identity() != lenet300.DEFAULTS.identity()
+    assert options_of(monkeypatch, '--recipe', 'best') == best
+    own = options_of(monkeypatch, '--seed', '4', '--recipe=best', '--shift', '2')
+    assert own == dataclasses.replace(best, seed=4, shift=2)
+    assert own.recipe == 'best'
+    # The options alone say what is run.
+    assert dataclasses.replace(own, recipe='paper').identity() == own.identity()
+    assert summaries.changed(best, 'lenet300').keys() == {'shift', 'kl_weight', 'fine_tune'}
+
+
+def test_a_recipe_that_there_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        options_of(monkeypatch, '--recipe', 'bes')
+    assert raised.value.code == 2
+    message = capsys.readouterr().err
+    assert 'paper' in message
+    assert 'best' in message
