@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks import formats
+from experiments import published
 from experiments.errors import UsageError
 from experiments.pictures import BLUE, GREEN, ORANGE, PINK, RED, SKY
 
@@ -18,30 +19,6 @@ Row = dict[str, Any]
 
 TITLES = {'lenet300': 'LeNet-300-100', 'lenet5': 'LeNet-5-Caffe'}
 MARK = '<!-- tables of benchmarks.files -->'
-
-
-class Published(NamedTuple):
-    """A file that was published: its bytes and its test error in percent."""
-
-    method: str
-    nbytes: int
-    error: float
-
-
-PUBLISHED = {
-    'lenet300': [
-        Published('Deep Compression (Han et al. 2016)', 27_000, 1.58),
-        Published('Oktay et al. 2020', 8_560, 1.9),
-    ],
-    'lenet5': [
-        Published('Deep Compression (Han et al. 2016)', 44_000, 0.8),
-        Published('Weightless (Reagen et al. 2018)', 4_520, 1.0),
-        Published('MIRACLE (Havasi et al. 2019)', 3_030, 0.69),
-        Published('MIRACLE (Havasi et al. 2019)', 1_520, 0.96),
-        Published('Oktay et al. 2020', 2_840, 1.0),
-        Published('Bayesian Compression (Louizos et al. 2017)', 2_300, 1.0),
-    ],
-}
 
 
 class Shown(NamedTuple):
@@ -140,10 +117,10 @@ def picture(experiment: str, curves: dict[str, list[Row]], path: Path) -> None:
             [row['bytes'] for row in rows], [row['test_error'] for row in rows], style,
             color=BLUE, marker='o', markersize=4, linewidth=1.5, label=f'svd_jax, {name}',
         )  # fmt: skip
-    methods = list(dict.fromkeys(point.method for point in PUBLISHED[experiment]))
+    methods = list(dict.fromkeys(point.method for point in published.FILES[experiment]))
     looks = zip('sD^vP', (ORANGE, GREEN, RED, PINK, SKY), strict=True)
     for method, (marker, color) in zip(methods, looks, strict=False):
-        points = [point for point in PUBLISHED[experiment] if point.method == method]
+        points = [point for point in published.FILES[experiment] if point.method == method]
         axes.scatter(
             [point.nbytes for point in points], [point.error for point in points],
             marker=marker, color=color, s=45, label=method, zorder=3,
