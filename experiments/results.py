@@ -422,25 +422,29 @@ def units_table(experiment: str) -> str:
     ])  # fmt: skip
 
 
-def scalars(value: Any, name: str = '') -> Iterator[tuple[str, str]]:
-    """The single values in nested dicts, each with its path."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from scalars(inner, f'{name}, {key}' if name else str(key))
-    elif isinstance(value, (int, float, str)):
-        yield name, f'{value:.5g}' if isinstance(value, float) else str(value)
-
-
-def values_table(section: Section, summaries: list[Summary]) -> str:
-    """Every value of results that are not of runs."""
-    about = ('experiment', 'device', 'versions', 'config')
-    rows = [
-        {'': name, 'svd_jax': value}
-        for summary in summaries
-        for name, value in scalars({k: v for k, v in summary.items() if k not in about})
-    ]
-    open_rows = [{'': one.what, 'svd_jax': f'**open**, needs {one.needs}'} for one in section.open]
-    return table(rows or open_rows)
+def noise_table(section: Section, summaries: list[Summary]) -> str:
+    """Bound and sparsity in the end, and where the variance of the gradient is lower."""
+    if not summaries:
+        return table(
+            [{'': one.what, 'seeds': f'**open**, needs {one.needs}'} for one in section.open]
+        )
+    rows = []
+    for summary in summaries:
+        found = summary['findings']['gradient_variance']
+        lower = ', '.join(
+            f'{own["additive_lower"]} of {own["bins_above_0"]} ({drawn} drawn)'
+            for drawn, own in found.items()
+        )
+        for name, networks in summary['by_epoch'].items():
+            last = [own[-1] for own in networks.values()]
+            rows.append({
+                '': f'**{name}**', 'epochs': str(summary['epochs']), 'seeds': str(len(last)),
+                'bound, nats per image': mean_sd([row['bound'] for row in last], 3),
+                'zeros %': mean_sd([row['sparsity'] for row in last], 1),
+                ERROR: mean_sd([row['test_error'] for row in last], 2),
+                'bins of log alpha above 0 with the lower variance': lower * (name == 'additive'),
+            })  # fmt: skip
+    return table(rows)
 
 
 def constants_table(summaries: list[Summary]) -> str:
@@ -515,7 +519,9 @@ def study(section: Section, summaries: list[Summary]) -> Iterator[str]:
         yield from comparison(section, summaries)
         return
     else:
-        yield values_table(section, summaries)
+        yield noise_table(section, summaries)
+        if summaries:
+            yield f'![{section.title}](pictures/{section.experiment}.png)'
     yield code([command(section.experiment, {})])
 
 

@@ -248,7 +248,28 @@ def test_language_models_and_constants(folder):
         })
     )  # fmt: skip
     (folder / 'results/gradient_variance.json').write_text(
-        json.dumps({'experiment': 'gradient_variance', 'variance': {'additive': 0.25}})
+        json.dumps(
+            {
+                'experiment': 'gradient_variance',
+                'epochs': 20,
+                'by_epoch': {
+                    name: {
+                        f'seed{seed}': [
+                            {'bound': 7},
+                            {'bound': bound, 'sparsity': 90, 'test_error': 2},
+                        ]
+                        for seed, bound in enumerate(bounds)
+                    }
+                    for name, bounds in (
+                        ('additive', (-0.1, -0.2)),
+                        ('multiplicative', (-0.4, -0.5)),
+                    )
+                },
+                'findings': {
+                    'gradient_variance': {'weights': {'bins_above_0': 9, 'additive_lower': 8}}
+                },
+            }
+        )
     )
     page = written(folder)
     row = '| **svd_jax, Sparse VD** | 15 | 1 (0) | 0.78 | 2.057 | 2.123 | 279.2 | 90.0 |'
@@ -258,7 +279,9 @@ def test_language_models_and_constants(folder):
     assert '| the paper | 0.63576 | 1.87320 | 1.48695 |' in constants
     assert f'| {kl_approximation.LABELS["exact"]} | 1e-06 | -1.50 | 1e-06 |' in constants
     noise = section(page, 'Additive against multiplicative noise')
-    assert '| variance, additive | 0.25 |' in noise
+    assert '| **additive** | 20 | 2 | -0.150 ± 0.071 | 90.0 ± 0.0 |' in noise
+    assert '| **multiplicative** | 20 | 2 | -0.450 ± 0.071 |' in noise
+    assert '| 8 of 9 (weights drawn) |' in noise
     assert '**open**' not in constants + noise
 
 
