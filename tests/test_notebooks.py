@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, and is committed with its outputs."""
 
+import argparse
 from pathlib import Path
 
 import nbclient
@@ -15,7 +16,11 @@ def _code_cells(notebook):
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings('ignore')  # Jupyter's own
-def test_runs(path):
+def test_runs(path, monkeypatch, tmp_path):
+    # A short one, for the notebook that learns a text.
+    text = tmp_path / 'text.txt'
+    text.write_bytes(Path(argparse.__file__).read_bytes()[:60_000])
+    monkeypatch.setenv('TEXT_FILE', str(text))
     committed = nbformat.read(path, as_version=4)
     assert all(cell.execution_count for cell in _code_cells(committed))
 
