@@ -489,7 +489,7 @@ def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[st
         yield from study(section, [summary for _, summary in summaries])
         return
     runs = [make_run(*pair) for pair in summaries]
-    if has_picture(section, runs):
+    if section.picture and drawn(runs):
         yield f'![{section.picture}: {section.title}](pictures/results_{name}.png)'
     yield weights_table(section, runs)
     if name in published.RATES:
@@ -592,10 +592,6 @@ def page(summaries: list[tuple[Path, Summary]]) -> str:
 
 def _of(section: Section, summaries: list[tuple[Path, Summary]]) -> list[tuple[Path, Summary]]:
     return [pair for pair in summaries if pair[1]['experiment'] == section.experiment]
-
-
-def has_picture(section: Section, runs: list[Run]) -> bool:
-    return bool(section.picture and drawn(runs))
 
 
 def drawn(runs: list[Run]) -> list[Group]:
@@ -719,11 +715,10 @@ def run(options: Options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     options.page.write_text(text, 'utf-8')
     for section in SECTIONS:
-        if section.dataset is None:
-            continue
-        runs = [make_run(*pair) for pair in _of(section, summaries)]
-        if has_picture(section, runs):
-            picture(section, runs, folder / f'results_{section.experiment}.png')
+        if section.picture:
+            runs = [make_run(*pair) for pair in _of(section, summaries)]
+            if drawn(runs):
+                picture(section, runs, folder / f'results_{section.experiment}.png')
         compared = [found for _, found in _of(section, summaries)]
         if section.experiment == 'compare' and compared:
             from experiments import compare

@@ -14,6 +14,7 @@ CIFAR-100; here it is the 100 fine ones.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 import flax.linen as nn
@@ -41,6 +42,9 @@ class Config(config.Config):
         super().__post_init__()
         config.require(64 * self.k > 0.5, 'k', 'must be above 1/128: every layer needs a filter')
         config.require(0 <= self.dropout < 2, 'dropout', 'must be at least 0 and below 2')
+
+    def folder(self, experiment: str) -> Path:
+        return super().folder(f'{experiment}-{self.dataset}-k{self.k:g}')
 
 
 class VGGTraining(Training):
