@@ -105,26 +105,26 @@ class TextTraining(Training):
         windows = resident[at]
         return windows[:, :-1], windows[:, 1:], key
 
-    def _dense_params(self, key: jax.Array) -> Any:
-        return self.model.init(key, jnp.zeros((1, self._length), jnp.int32))['params']
+    def _dense_variables(self, key: jax.Array) -> Any:
+        return self.model.init(key, jnp.zeros((1, self._length), jnp.int32))
 
-    def _apply(self, variables: Any, inputs: jax.Array, rngs: Any) -> tuple[jax.Array, jax.Array]:
+    def _apply(self, variables: Any, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
         if not any(weight.log_sigma2 is not None for weight in weights(variables['params'])):
-            return self.model.apply(variables, inputs), jnp.zeros(())
+            return self.model.apply(variables, inputs, **options), jnp.zeros(())
         return svd.apply(
             self.model, variables, inputs, rngs=rngs, kl_method=self.config.kl,
-            threshold=self.config.threshold if self.config.mask_in_training else None,
+            threshold=self.config.threshold if self.config.mask_in_training else None, **options,
         )  # fmt: skip
 
     @partial(jax.jit, static_argnums=0)
     def _totals(
-        self, params: Any, inputs: jax.Array, targets: jax.Array
+        self, variables: Any, inputs: jax.Array, targets: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Of each batch, the nats and the wrong guesses of the characters that count."""
 
         def totals(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             inputs, targets = batch
-            logits = self.model.apply({'params': params}, inputs).astype(jnp.float32)
+            logits = self.model.apply(variables, inputs).astype(jnp.float32)
             counted = targets >= 0
             nats = optax.softmax_cross_entropy_with_integer_labels(
                 logits, jnp.where(counted, targets, 0)
@@ -134,18 +134,18 @@ class TextTraining(Training):
 
         return lax.map(totals, (inputs, targets))
 
-    def _scores(self, params: Any) -> dict[str, float]:
-        return self._scores_on(self._validation, params)
+    def _scores(self, variables: Any) -> dict[str, float]:
+        return self._scores_on(self._validation, variables)
 
-    def _final_scores(self, params: Any) -> dict[str, float]:
-        validation = self._scores_on(self._validation, params)
+    def _final_scores(self, variables: Any) -> dict[str, float]:
+        validation = self._scores_on(self._validation, variables)
         return {
-            **self._scores_on(self._test, params),
+            **self._scores_on(self._test, variables),
             'validation_bits_per_character': validation['bits_per_character'],
         }
 
-    def _scores_on(self, batches: Any, params: Any) -> dict[str, float]:
-        nats, wrong = jax.device_get(self._totals(params, *batches))
+    def _scores_on(self, batches: Any, variables: Any) -> dict[str, float]:
+        nats, wrong = jax.device_get(self._totals(variables, *batches))
         counted = int(np.sum(batches[1] >= 0))
         return {
             'bits_per_character': float(np.sum(nats, dtype=np.float64) / math.log(2) / counted),
@@ -167,7 +167,7 @@ class TextTraining(Training):
             pictures.training_curves(history, directory / 'curves.png')
         if self.variational:
             pictures.log_alpha_histogram(params, self.config.threshold, directory / 'log_alpha.png')
-        return {'model': self._name, **self._ship(folder, params)}
+        return {'model': self._name, **self._ship(folder, state)}
 
 
 def _evaluation_batches(tokens: np.ndarray, length: int) -> tuple[jax.Array, jax.Array]:

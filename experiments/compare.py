@@ -271,17 +271,17 @@ class Gated(Training):
         self._weight = weight
         self._warmup = lambda step: 1.0  # as in the paper: none
 
-    def _state(self, params: PyTree) -> svd.TrainState:
-        return super()._state(baselines.gated(params))
+    def _state(self, dense: PyTree) -> svd.TrainState:
+        return super()._state({**dense, 'params': baselines.gated(dense['params'])})
 
-    def _apply(self, variables: PyTree, inputs: jax.Array, rngs: Any) -> Any:
+    def _apply(self, variables: PyTree, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
         params = baselines.draw_gates(variables['params'], rngs['noise'])
-        logits, _ = super()._apply({'params': params}, inputs, None)
+        logits, _ = super()._apply({**variables, 'params': params}, inputs, None, **options)
         # In the place of the KL: divided by the number of examples, as lambda is in the paper.
         return logits, self._weight * baselines.expected_l0(variables['params'])
 
-    def _left(self, params: PyTree, threshold: float) -> PyTree:
-        return baselines.close_gates(params)
+    def _left(self, variables: PyTree, threshold: float) -> PyTree:
+        return {**variables, 'params': baselines.close_gates(variables['params'])}
 
     def _counts(self, state: svd.TrainState) -> dict[str, Any]:
         return super()._counts(state.replace(params=baselines.close_gates(state.params)))

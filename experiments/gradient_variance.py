@@ -180,19 +180,20 @@ class Additive(Training):
             'data_term': float(data_term),
             'kl': float(kl),
             'sparsity': 100 * (1 - sparsity.nonzero / sparsity.total),
-            **self._scores(svd.sparsify(params, THRESHOLD)),
+            **self._scores({'params': svd.sparsify(params, THRESHOLD)}),
         }
 
 
 class Multiplicative(Additive):
     """Trains in (theta, log alpha); whoever asks for a network sees (theta, log sigma^2)."""
 
-    def _state(self, params: PyTree) -> svd.TrainState:
-        params = super()._state(params).params
+    def _state(self, dense: PyTree) -> svd.TrainState:
+        params = super()._state(dense).params
         return svd.TrainState.create({'params': to_multiplicative(params)}, self.tx)
 
-    def _apply(self, variables: PyTree, inputs: jax.Array, rngs: Any) -> Any:
-        return super()._apply({'params': to_additive(variables['params'])}, inputs, rngs)
+    def _apply(self, variables: PyTree, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
+        variables = {**variables, 'params': to_additive(variables['params'])}
+        return super()._apply(variables, inputs, rngs, **options)
 
     def split(self, state: svd.TrainState) -> list[svd.TrainState]:
         return [own.replace(params=to_additive(own.params)) for own in super().split(state)]

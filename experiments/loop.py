@@ -31,7 +31,12 @@ _EACH = (
 )  # fmt: skip
 
 
-def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, Any]:
+def run(
+    experiment: str,
+    network: type[nn.Module],
+    config: Config,
+    make_training: Callable[..., Training] = Training,
+) -> dict[str, Any]:
     """Trains, evaluates and writes everything into the output folder.
 
     Several networks at once (``--seeds``, ``--kl-weight``) have a folder each inside of it, with
@@ -41,6 +46,7 @@ def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, 
       experiment: the name under which checkpoints and the summary go.
       network: the architecture.
       config: the options.
+      make_training: of the network, the options and the data set.
 
     Returns:
       What ``summary.json`` holds.
@@ -55,7 +61,7 @@ def run(experiment: str, network: type[nn.Module], config: Config) -> dict[str, 
     facts = {
         'experiment': experiment, 'dataset': dataset.name, 'examples': fingerprint(*dataset[1:]),
     }  # fmt: skip
-    return run_training(lambda: Training(network, config, dataset), config, facts)
+    return run_training(lambda: make_training(network, config, dataset), config, facts)
 
 
 def run_training(
@@ -264,7 +270,7 @@ def _start(
         raise UsageError(f'no checkpoint in {folder}: {advice}')
     dense, facts = found
     _warn(console, f'starting from the dense weights after epoch {facts["epoch"]} in {folder}')
-    return training.init(dense.params), 0, 0.0
+    return training.init(dense.variables), 0, 0.0
 
 
 def _say(console: Console, out: Path, params: Any, summary: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED = (
     '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00'
 )  # fmt: skip
 GREY = '#767676'
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY)
 
 TIMES = '\N{MULTIPLICATION SIGN}'
 
@@ -233,11 +234,11 @@ def training_curves(history: History, path: Path) -> None:
         axes = next(panels)
         per_layer = [row.get('sparsity_per_layer', {}) for row in history]
         names = list(dict.fromkeys(name for row in per_layer for name in row))
-        colors = (BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY)
         for i, name in enumerate(names):
             sparsity = np.array([row.get(name, np.nan) for row in per_layer], float)
-            color = colors[i % len(colors)]
-            draw(axes, sparsity, f'{name}: {sparsity[-1]:.1f}%', color)
+            again, color = divmod(i, len(COLOURS))
+            dashes = ('-', '--', ':')[again % 3]
+            draw(axes, sparsity, f'{name}: {sparsity[-1]:.1f}%', COLOURS[color], dashes)
         style(axes, 'Sparsity of each layer', 'epoch', 'weights dropped, %')
         axes.set_ylim(-3, 103)
 
@@ -260,7 +261,11 @@ def training_curves(history: History, path: Path) -> None:
             MaxNLocator(8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
         )
         if len(axes.lines) > 1:
-            axes.legend(fontsize=8.5, framealpha=0.85, edgecolor='none')
+            many = len(axes.lines) > len(COLOURS)
+            axes.legend(
+                fontsize=6.5 if many else 8.5, ncols=2 if many else 1, framealpha=0.85,
+                edgecolor='none',
+            )  # fmt: skip
     figure.align_ylabels()
     figure.savefig(path)
 

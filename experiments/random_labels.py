@@ -97,20 +97,21 @@ class MemoryTraining(Training):
         dropout = 0.0 if self.variational else options.dropout
         self.model = self.model.clone(width=options.width, dropout=dropout)
 
-    def _train_error(self, params: Any, count: int | None = None) -> float:
+    def _train_error(self, variables: Any, count: int | None = None) -> float:
         """On the first so many of the training images, or on all of them."""
         images, labels = self.dataset.train_images[:count], self.dataset.train_labels[:count]
         wrong = self._errors(
-            params, evaluation_batches(images), evaluation_batches(labels, fill=-1)
+            variables, evaluation_batches(images), evaluation_batches(labels, fill=-1)
         )
         return 100 * int(wrong) / len(labels)
 
-    def _scores(self, params: Any) -> dict[str, float]:
+    def _scores(self, variables: Any) -> dict[str, float]:
         # Takes the place of the mean over the steps, which has the dropout and the noise in it.
-        return {**super()._scores(params), 'train_error': self._train_error(params, _FOLLOWED)}
+        train_error = self._train_error(variables, _FOLLOWED)
+        return {**super()._scores(variables), 'train_error': train_error}
 
-    def _final_scores(self, params: Any) -> dict[str, float]:
-        return {**super()._scores(params), 'train_error': self._train_error(params)}
+    def _final_scores(self, variables: Any) -> dict[str, float]:
+        return {**super()._scores(variables), 'train_error': self._train_error(variables)}
 
 
 DEFAULTS = Config(epochs=100, decay_from=0.5, batch_size=200)

@@ -43,6 +43,8 @@ ERROR, BITS, COMPRESSION = 'error %', 'bits per character', 'weights / nonzero'
 TRAINING_ERROR, VALIDATION_BITS = 'training error %', 'validation bits per character'
 ZEROS, FROM = 'zeros per layer %', 'source or command'
 CONSTANTS = ('k1', 'k2', 'k3')
+# Of the narrowest VGG-like network, by the time of a step: 100,000 of them.
+DENSE_HOURS, SPARSE_HOURS = 10, 20
 # Of a table by number of weights.
 COLUMNS = (
     '', 'epochs', 'seeds', TRAINING_ERROR, ERROR, VALIDATION_BITS, BITS, COMPRESSION, ZEROS,
@@ -85,7 +87,7 @@ class Section(NamedTuple):
       text: what is to be said of it, in Markdown.
       open: runs that it should have.
       dataset: of its runs, where nothing else is said; none if its results are not of runs.
-      picture: whether it has one.
+      picture: what the picture of its runs shows; none if it has no picture.
     """
 
     experiment: str
@@ -93,7 +95,7 @@ class Section(NamedTuple):
     text: str
     open: list[Open]
     dataset: str | None = None
-    picture: bool = False
+    picture: str = ''
 
 
 def _vgg_runs() -> list[Open]:
@@ -102,10 +104,14 @@ def _vgg_runs() -> list[Open]:
     for dataset, k in itertools.product(('cifar10', 'cifar100'), (0.25, 0.5, 1, 1.5)):
         folder = Path(f'runs/vgg-{dataset}-dense-k{k:g}')
         shared = {'dataset': dataset, 'k': k}
+        alone, sparse = (
+            f'a GPU, or about {hours} hours on a CPU core' if k == 0.25 else 'a GPU'
+            for hours in (DENSE_HOURS, SPARSE_HOURS)
+        )
         found += [
             Open(f'dense, k = {k:g}, {dataset}', {**shared, 'method': 'dense', 'out': folder},
-                 'a GPU'),
-            Open(f'Sparse VD, k = {k:g}, {dataset}', {**shared, 'pretrained': folder}, 'a GPU'),
+                 alone),
+            Open(f'Sparse VD, k = {k:g}, {dataset}', {**shared, 'pretrained': folder}, sparse),
         ]  # fmt: skip
     return found
 
@@ -121,7 +127,7 @@ SECTIONS = [
                 'a GPU, or about 1.5 hours on two CPU cores',
             ),
         ],
-        'mnist', picture=True,
+        'mnist', picture='Error against number of weights',
     ),
     Section(
         'lenet5', 'LeNet-5-Caffe on MNIST',
@@ -132,7 +138,7 @@ SECTIONS = [
                 'a GPU, or about 8 hours on two CPU cores',
             ),
         ],
-        'mnist', picture=True,
+        'mnist', picture='Error against number of weights',
     ),
     Section(
         'compare', 'Beside other methods',
@@ -164,7 +170,7 @@ SECTIONS = [
         'The paper trains networks of k times 64 to 512 filters, k being 0.25, 0.5, 1 and 1.5: '
         'dense ones with\nbinary dropout, then Sparse VD from there. It shows a plot: no accuracy '
         'to speak of is lost, and wider\nnetworks lose more weights.',
-        _vgg_runs(), 'cifar10',
+        _vgg_runs(), 'cifar10', picture='Error and compression against width',
     ),
     Section(
         'random_labels', 'Random labels',
@@ -486,9 +492,9 @@ def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[st
     if section.dataset is None:
         yield from study(section, [summary for _, summary in summaries])
         return
-    if section.picture:
-        yield f'![Error against number of weights: {section.title}](pictures/results_{name}.png)'
     runs = [make_run(*pair) for pair in summaries]
+    if section.picture and drawn(runs):
+        yield f'![{section.picture}: {section.title}](pictures/results_{name}.png)'
     yield weights_table(section, runs)
     if name in published.RATES:
         yield '### By rate, in the format of Deep Compression'
@@ -594,10 +600,75 @@ def _of(section: Section, summaries: list[tuple[Path, Summary]]) -> list[tuple[P
     return [pair for pair in summaries if pair[1]['experiment'] == section.experiment]
 
 
+def drawn(runs: list[Run]) -> list[Group]:
+    """What a picture shows: networks that have a weight left, and errors on test sets."""
+    return [
+        group for group in grouped(runs)
+        if not group.first.earlier and not group.first.config.validation
+        and None not in group.values('compression')
+    ]  # fmt: skip
+
+
 def picture(section: Section, runs: list[Run], path: Path) -> None:
-    """Draws error against compression by number of weights, ours and published ones."""
+    """Draws the picture of a section."""
     figure = Figure(figsize=(9.5, 4.4), dpi=130, layout='constrained')
     FigureCanvasAgg(figure)
+    draw = by_width if section.experiment == 'vgg' else by_weights
+    draw(section, drawn(runs), figure)
+    for axes in figure.axes:
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(color='0.9', linewidth=0.8)
+        axes.set_axisbelow(True)
+    figure.savefig(path)
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation of a sample; 0 of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def width(group: Group) -> float:
+    return group.first.summary['config']['k']
+
+
+def by_width(section: Section, groups: list[Group], figure: Figure) -> None:
+    """Error, dense beside Sparse VD, and compression, against the factor of all widths."""
+    lines: dict[str, list[Group]] = {}
+    for group in groups:
+        config = group.first.config
+        parts = (
+            config.dataset, group.first.method, f'{config.epochs} epochs',
+            group.options_but('k', 'pretrained'),
+        )  # fmt: skip
+        lines.setdefault(', '.join(part for part in parts if part), []).append(group)
+    error, ratio = figure.subplots(1, 2)
+    widths = sorted(set(map(width, groups)))
+    colours = itertools.cycle((BLUE, ORANGE, GREEN, PINK, RED, GREY))
+    for (name, line), colour in zip(lines.items(), colours, strict=False):
+        line.sort(key=width)
+        dense = line[0].first.config.method == 'dense'
+        look: dict[str, Any] = {'color': colour, 'capsize': 3, 'label': name}
+        for axes, field in ((error, 'test_error'), (ratio, 'compression')):
+            if dense and axes is ratio:
+                continue  # it has all its weights
+            values = [group.values(field) for group in line]
+            axes.errorbar(
+                list(map(width, line)), [np.mean(each) for each in values],
+                [spread(each) for each in values], fmt='o--' if dense else 'o-', **look,
+            )  # fmt: skip
+    for axes, ylabel in ((error, 'test error, %'), (ratio, 'weights / nonzero weights')):
+        axes.set_xticks(widths, labels=[f'{k:g}' for k in widths])
+        axes.set_xlim(0, 1.1 * widths[-1])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel('k, the factor of all widths')
+        axes.set_ylabel(ylabel)
+    error.set_title(section.title, loc='left', fontweight='bold')
+    figure.legend(*error.get_legend_handles_labels(), loc='outside lower center', fontsize=8.5,
+                  edgecolor='none', ncols=2)  # fmt: skip
+
+
+def by_weights(section: Section, groups: list[Group], figure: Figure) -> None:
+    """Error against compression by number of weights, ours and published ones."""
     axes = figure.subplots()
     peers = [
         one for one in published.WEIGHTS[section.experiment]
@@ -610,17 +681,12 @@ def picture(section: Section, runs: list[Run], path: Path) -> None:
     ):
         points = [(one.compression, one.error) for one in peers if one.method == method]
         axes.plot(*zip(*points, strict=True), marker, **look, color=colour, label=method)
-    ours = [
-        group for group in grouped(runs)
-        if group.first.config.method != 'dense' and not group.first.earlier
-        and None not in group.values('compression')
-    ]  # fmt: skip
+    ours = [group for group in groups if group.first.config.method != 'dense']
     for group, marker in zip(ours, itertools.cycle('oDph<>*'), strict=False):
         xs, ys = group.values('compression'), group.values('test_error')
         x, y = np.mean(xs), np.mean(ys)
         if len(xs) > 1:
-            sd = {'xerr': np.std(xs, ddof=1), 'yerr': np.std(ys, ddof=1)}
-            axes.errorbar(x, y, **sd, fmt='none', ecolor=BLUE, capsize=3)
+            axes.errorbar(x, y, spread(ys), spread(xs), fmt='none', ecolor=BLUE, capsize=3)
         count = 'one seed' if len(xs) == 1 else f'{len(xs)} seeds'
         parts = ('svd_jax', f'{group.first.config.epochs} epochs', group.options, count)
         name = ', '.join(part for part in parts if part)
@@ -633,11 +699,7 @@ def picture(section: Section, runs: list[Run], path: Path) -> None:
     axes.set_title(section.title, loc='left', fontweight='bold')
     axes.set_xlabel('weights / nonzero weights')
     axes.set_ylabel('test error, %')
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(color='0.9', linewidth=0.8)
-    axes.set_axisbelow(True)
     figure.legend(loc='outside right upper', fontsize=8.5, edgecolor='none')
-    figure.savefig(path)
 
 
 def run(options: Options) -> None:
@@ -661,7 +723,8 @@ def run(options: Options) -> None:
     for section in SECTIONS:
         if section.picture:
             runs = [make_run(*pair) for pair in _of(section, summaries)]
-            picture(section, runs, folder / f'results_{section.experiment}.png')
+            if drawn(runs):
+                picture(section, runs, folder / f'results_{section.experiment}.png')
         compared = [found for _, found in _of(section, summaries)]
         if section.experiment == 'compare' and compared:
             from experiments import compare

@@ -139,7 +139,11 @@ class Group(NamedTuple):
     @property
     def options(self) -> str:
         """What sets it apart among runs of as many epochs by the same method."""
-        known = ('dataset', 'data_dir', 'out', 'epochs', 'seed', 'seeds', 'method')
+        return self.options_but()
+
+    def options_but(self, *names: str) -> str:
+        """These options without some, which something else tells."""
+        known = ('dataset', 'data_dir', 'out', 'epochs', 'seed', 'seeds', 'method', *names)
         values = changed(self.first.config, self.experiment)
         return ' '.join(flags({k: v for k, v in values.items() if k not in known}))
 
@@ -164,7 +168,11 @@ class Group(NamedTuple):
             dataclasses.replace(config, seed=seed, seeds=count)
             for seed, count in stretches(self.seeds)
         ]
-        return [command(self.experiment, changed(own, self.experiment)) for own in together]
+        return [
+            # Also the data set that is the default: its folder has to be named.
+            command(self.experiment, {'dataset': own.dataset, **changed(own, self.experiment)})
+            for own in together
+        ]
 
 
 def grouped(runs: Iterable[Run]) -> list[Group]:

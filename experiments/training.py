@@ -157,9 +157,9 @@ class Training:
     def _prepare(self, images: jax.Array) -> jax.Array:
         return images.astype(jnp.float32) / 255 - self._mean
 
-    def _apply(self, variables: Any, inputs: jax.Array, rngs: Any) -> tuple[jax.Array, jax.Array]:
-        """The network in training, and its KL divergence."""
-        return self.model.apply(variables, inputs, rngs=rngs)
+    def _apply(self, variables: Any, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
+        """The network in training, and its KL divergence; with ``mutable``, also its updates."""
+        return self.model.apply(variables, inputs, rngs=rngs, **options)
 
     def _batch(self, resident: Any, batch: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
         """Inputs and targets of a step, and a key for what else is random."""
@@ -167,34 +167,34 @@ class Training:
         key, images = self._augment(key, images)
         return self._prepare(images), labels, key
 
-    def init(self, params: Any = None) -> svd.TrainState:
-        """The state before the first step, from given dense parameters or random ones.
+    def init(self, dense: Any = None) -> svd.TrainState:
+        """The state before the first step, from given dense variables or random ones.
 
         Of several networks it has a leading axis on every array; :meth:`split` takes it apart.
         """
         states = [
-            self._state(self._dense_params(key) if params is None else params)
+            self._state(self._dense_variables(key) if dense is None else dense)
             for key in self._init_keys
         ]
         if len(states) == 1:
             return states[0]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
-    def _state(self, params: Any) -> svd.TrainState:
+    def _state(self, dense: Any) -> svd.TrainState:
+        params = dense['params']
         if self.variational:
             params = svd.variational(params, log_sigma2_init=self.config.log_sigma2_init)
-        return svd.TrainState.create({'params': params}, self.tx)
+        return svd.TrainState.create({**dense, 'params': params}, self.tx)
 
     def dense_state(self) -> svd.TrainState:
         """A state of the dense network, as a run with ``--method dense`` has it."""
-        params = self._dense_params(self._init_keys[0])
-        return svd.TrainState.create({'params': params}, self._dense_tx)
+        return svd.TrainState.create(self._dense_variables(self._init_keys[0]), self._dense_tx)
 
-    def _dense_params(self, key: jax.Array) -> Any:
-        """Random parameters of the network without any posterior."""
+    def _dense_variables(self, key: jax.Array) -> Any:
+        """Random parameters of the network without any posterior, and its other collections."""
         image = self._prepare(jnp.asarray(self.dataset.train_images[:1]))
-        params = self.model.init(key, image)['params']
-        return svd.sparsify(params, float('inf'))
+        variables = self.model.init(key, image)
+        return {**variables, 'params': svd.sparsify(variables['params'], float('inf'))}
 
     def split(self, state: svd.TrainState) -> list[svd.TrainState]:
         """The state of each network."""
@@ -202,12 +202,10 @@ class Training:
             return [state]
         return [jax.tree.map(lambda leaf: leaf[i], state) for i in range(len(self.names))]  # noqa: B023
 
-    def _apply_left(
-        self, variables: Any, inputs: jax.Array, rngs: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def _apply_left(self, variables: Any, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
         """The network that is left, in training; what was dropped gets no gradient."""
-        left = self._left(variables['params'], self.config.threshold)
-        return self._apply({**variables, 'params': left}, inputs, rngs)
+        left = self._left(variables, self.config.threshold)
+        return self._apply(left, inputs, rngs, **options)
 
     @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
     def _chunk(
@@ -240,25 +238,27 @@ class Training:
         return jax.vmap(chunk)(state, *each)
 
     @partial(jax.jit, static_argnums=0)
-    def _errors(self, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    def _errors(self, variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         def errors(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-            logits, _ = self.model.apply({'params': params}, self._prepare(batch[0]), True)
+            logits, _ = self.model.apply(variables, self._prepare(batch[0]), True)
             return jnp.sum((jnp.argmax(logits, -1) != batch[1]) & (batch[1] >= 0))
 
         return lax.map(errors, (images, labels)).sum()
 
-    def _scores(self, params: Any) -> dict[str, float]:
+    def _scores(self, variables: Any) -> dict[str, float]:
         """How good a dense or a sparse network is after an epoch, by the name of the measure."""
-        wrong = int(self._errors(params, *self._test))
+        wrong = int(self._errors(variables, *self._test))
         return {'test_error': 100 * wrong / len(self.dataset.test_labels)}
 
-    def _final_scores(self, params: Any) -> dict[str, float]:
+    def _final_scores(self, variables: Any) -> dict[str, float]:
         """How good it is in the end."""
-        return self._scores(params)
+        return self._scores(variables)
 
-    def _left(self, params: Any, threshold: float) -> Any:
-        """The network that would ship with this threshold."""
-        return svd.sparsify(params, threshold) if self.variational else params
+    def _left(self, variables: Any, threshold: float) -> Any:
+        """The variables of the network that would ship with this threshold."""
+        if not self.variational:
+            return variables
+        return {**variables, 'params': svd.sparsify(variables['params'], threshold)}
 
     def epoch(
         self, state: svd.TrainState, epoch: int, advance: Any
@@ -305,7 +305,7 @@ class Training:
             row = {
                 'epoch': epoch, 'loss': mean['loss'], 'data_term': mean['data_term'],
                 'learning_rate': self.learning_rate(epoch), 'train_error': 100 * mean['error'],
-                **self._scores(self._left(own.params, self.config.threshold)),
+                **self._scores(self._left(own.variables, self.config.threshold)),
                 **self._counts(own),
                 'skipped_steps': int((~finite).sum()), 'seconds': seconds,
                 **self._speed(orders[i].size / seconds),
@@ -344,12 +344,13 @@ class Training:
         frames = pictures.load_frames(folder / 'frames', self.config.total_epochs)
         params = jax.device_get(state.params)
         pictures.write_all(folder, params, history, self.config.threshold, frames)
-        return self._ship(folder, params)
+        return self._ship(folder, state)
 
-    def _ship(self, folder: Path, params: Any) -> dict[str, Any]:
-        """Writes the network that is left, exactly."""
-        left = self._left(params, self.config.threshold)
-        return {'file_bytes': svd.save(folder / 'model.svd', left)}
+    def _ship(self, folder: Path, state: svd.TrainState) -> dict[str, Any]:
+        """Writes what is left, exactly: the variables, or the parameters if those are all."""
+        left = jax.device_get(self._left(state.variables, self.config.threshold))
+        network = left if state.collections else left['params']
+        return {'file_bytes': svd.save(folder / 'model.svd', network)}
 
     def results(self, state: svd.TrainState) -> list[dict[str, Any]]:
         """Of each network, the results of the last epoch; no epoch is picked."""
@@ -357,8 +358,8 @@ class Training:
             {
                 'method': 'sparse_vd' if self.variational else 'dense',
                 'dataset': self.dataset.name, 'seed': config.seed, 'epochs': config.epochs,
-                **self._final_scores(self._left(own.params, config.threshold)),
-                **_mean_weights(self._final_scores(self._left(own.params, float('inf')))),
+                **self._final_scores(self._left(own.variables, config.threshold)),
+                **_mean_weights(self._final_scores(self._left(own.variables, float('inf')))),
                 'evaluated_on': self.evaluated_on,
                 **self._counts(own),
                 'config': config.identity(),

@@ -54,6 +54,11 @@ class TrainState(flax.struct.PyTreeNode):
         params, collections = jax.tree.map(jnp.array, (params, collections))
         return cls(jnp.zeros((), jnp.int32), params, tx.init(params), collections)
 
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What ``model.apply`` takes: ``{'params': ..., 'batch_stats': ...}``."""
+        return {'params': self.params, **self.collections}
+
 
 def elbo_loss(
     data_term: jax.Array, kl: jax.Array, num_data: int, kl_weight: float | jax.Array = 1.0

@@ -296,7 +296,7 @@ def test_bad_input(options: dict, message: str) -> None:
     [
         (('--dropout', '1.5'), 'error: --dropout must be at least 0 and below 1'),
         (('--batch-size', '5000'), 'error: batch size 5000 does not fit'),
-        (('--dataset', 'cifar10'), "error: unknown dataset 'cifar10'"),
+        (('--dataset', 'svhn'), "error: unknown dataset 'svhn'"),
     ],
 )
 def test_bad_input_is_one_line(options: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import pytest
 import tyro
+from matplotlib.figure import Figure
 
 from experiments import kl_approximation, published, results, summaries
 from experiments.errors import UsageError
@@ -230,6 +231,43 @@ def test_bytes_of_files_have_a_table_of_their_own(folder):
     assert '8,194' not in weights
     for one in published.FILES['lenet5']:
         assert f'| {one.nbytes:,} |' in files
+
+
+def test_vgg_like_networks_by_width(folder):
+    title = 'VGG-like networks on CIFAR, by width'
+    errors = {('dense', 0.25): 15.0, ('dense', 1.5): 6.0, ('svd', 0.25): 16.0, ('svd', 1.5): 6.5}
+    ratios = {0.25: 9.0, 1.5: 65.0}
+    assert 'pictures/results_vgg.png' not in section(written(folder), title)
+    for (method, k), error in errors.items():
+        start = None if method == 'dense' else f'runs/vgg-cifar10-dense-k{k:g}'
+        config = {'method': method, 'k': k, 'pretrained': start}
+        edited(
+            folder / f'results/vgg-{method}-k{k:g}.json', experiment='vgg', dataset='cifar10',
+            method='dense' if method == 'dense' else 'sparse_vd', config=config,
+            test_error=error, compression=1.0 if method == 'dense' else ratios[k],
+        )  # fmt: skip
+    found = section(written(folder), title)
+    assert 'pictures/results_vgg.png' in found
+    made = 'python -m experiments.vgg --dataset cifar10 --data-dir DIR --pretrained'
+    assert f'{made} runs/vgg-cifar10-dense-k0.25 --k 0.25 ' in found
+    # What has been run is open no more.
+    assert '**svd_jax, Sparse VD, k = 0.25, cifar10**' not in found
+    assert '**svd_jax, Sparse VD, k = 0.5, cifar10**' in found
+
+    figure, one = Figure(), next(one for one in results.SECTIONS if one.experiment == 'vgg')
+    read = [pair for pair in results.read_all(folder / 'results') if pair[1]['experiment'] == 'vgg']
+    results.by_width(one, results.drawn([summaries.make_run(*pair) for pair in read]), figure)
+    drawn = [
+        sorted(tuple(line.get_xydata().ravel()) for line in axes.lines if len(line.get_xdata()) > 1)
+        for axes in figure.axes
+    ]
+    dense, sparse = (
+        (0.25, errors[method, 0.25], 1.5, errors[method, 1.5]) for method in ('dense', 'svd')
+    )
+    assert dense in drawn[0]
+    assert sparse in drawn[0]
+    assert (0.25, 9.0, 1.5, 65.0) in drawn[1]
+    assert not any(1.0 in line[1::2] for line in drawn[1])  # dense networks have all weights
 
 
 def test_language_models_and_constants(folder):
