@@ -644,6 +644,11 @@ def picture(summaries: list[dict[str, Any]], path: Path) -> None:
             )  # fmt: skip
         axes.set_xscale('log')
         axes.set_yscale('log')
+        every = [
+            value for point in found if point.method != 'dense' for value in point.compressions
+        ]
+        if every:  # they may all be the same
+            axes.set_xlim(min(every) / 1.5, max(every) * 1.5)
         for axis in (axes.xaxis, axes.yaxis):
             low, high = axis.get_view_interval()
             subs = (1, 1.2, 1.5, 2, 3, 4, 5, 7) if high < 4 * low else (1, 2, 5)
