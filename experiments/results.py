@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import itertools
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -696,7 +697,8 @@ def by_weights(section: Section, groups: list[Group], figure: Figure) -> None:
             axes.errorbar(x, y, spread(ys), spread(xs), fmt='none', ecolor=BLUE, capsize=3)
         count = 'one seed' if len(xs) == 1 else f'{len(xs)} seeds'
         parts = ('svd_jax', f'{group.first.config.epochs} epochs', group.options, count)
-        name = ', '.join(part for part in parts if part)
+        # A long line would leave the plot no room.
+        name = textwrap.fill(', '.join(part for part in parts if part), 48)
         axes.plot(x, y, marker, **look, color=BLUE, label=name)
     axes.set_xscale('log')
     axes.xaxis.set_major_locator(FixedLocator([10, 20, 30, 50, 70, 100, 150, 200, 300, 500]))
