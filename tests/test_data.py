@@ -277,7 +277,7 @@ def test_explicit_cache_directory(data_dir, tmp_path, monkeypatch):
 
 def test_unknown_name():
     message = usage_error('mnits')
-    assert 'auto, mnist, mnist5k' in message
+    assert 'auto, mnist, cifar10, cifar100, mnist5k' in message
     assert "did you mean 'mnist'?" in message
     assert 'did you mean' not in usage_error('xyz')
 
