@@ -9,7 +9,7 @@ import dataclasses
 from experiments import config, loop, models
 
 DEFAULTS = config.Config(decay_from=0.5)
-# More weights go at the same error: docs/results.md says how that was found.
+# Meant to drop more weights at the same error; its five seeds are an open row of docs/results.md.
 RECIPES = {
     'best': dataclasses.replace(DEFAULTS, recipe='best', shift=1, kl_weight=(2.5,), fine_tune=10)
 }
