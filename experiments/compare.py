@@ -9,7 +9,6 @@ L0 regularisation find one themselves, by the weight of their penalty.
 import dataclasses
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -32,11 +31,11 @@ from rich.table import Table
 
 import svd_jax as svd
 from experiments import baselines, data, lenet5, lenet300, models
-from experiments.config import Config, fingerprint, require
+from experiments.config import Config, ended_in_a_line, fingerprint, require
 from experiments.environment import environment
 from experiments.errors import UsageError
 from experiments.pictures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, style
-from experiments.report import lock, write_json
+from experiments.report import claim_of, lock, write_json
 from experiments.summaries import read
 from experiments.training import Training
 
@@ -458,26 +457,18 @@ def _claim(out: Path, identity: dict[str, Any], resume: bool) -> dict[Any, Row]:
     Raises:
       UsageError: it holds something else, or this comparison without ``--resume``.
     """
-    path = out / 'run.json'
-    if not path.exists():
+    before = claim_of(out, resume)
+    if before is None:
         if any(out.iterdir()):
             raise UsageError(f'{out} holds something else: choose another --out')
-    elif not resume:
-        raise UsageError(
-            f'{out} already holds a run: go on with it by --resume, or choose another --out'
-        )
-    else:
-        try:
-            before = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f'{path} is damaged: choose another --out') from error
-        for name, value in identity.items():
-            if before.get(name) != value:
-                raise UsageError(
-                    f'{out} holds a run with other {name.replace("_", " ")}: give --resume the '
-                    'same options, or choose another --out'
-                )
-    write_json(path, identity)
+        before = identity
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise UsageError(
+                f'{out} holds a run with other {name.replace("_", " ")}: give --resume the '
+                'same options, or choose another --out'
+            )
+    write_json(out / 'run.json', identity)
     rows = {}
     lines = out / 'runs.jsonl'
     for line in lines.read_text().splitlines() if lines.exists() else []:
@@ -674,15 +665,8 @@ def _sd(values: list[float]) -> float:
 
 
 def command_line() -> None:
-    """Bad input ends with one line on stderr and exit code 2."""
-    try:
+    with ended_in_a_line('interrupted: --resume goes on with what is missing'):
         run(tyro.cli(Options, prog=f'python -m experiments.{NAME}', description=__doc__))
-    except UsageError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print('interrupted: --resume goes on with what is missing', file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -1,12 +1,13 @@
 """The options of an experiment, and its command line."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -207,7 +208,7 @@ def command_line(
     if recipes:
         names = '|'.join(('paper', *recipes))
         description += f'\n--recipe {names} chooses the defaults of the options below.'
-    try:
+    with ended_in_a_line('interrupted: --resume goes on from the last checkpoint'):
         config = tyro.cli(
             options,
             args=rest,
@@ -216,11 +217,20 @@ def command_line(
             description=description,
         )
         run(config)
+
+
+@contextlib.contextmanager
+def ended_in_a_line(interrupted: str = '') -> Iterator[None]:
+    """Bad input ends with one line on stderr and exit code 2; an interruption as it says, if so."""
+    try:
+        yield
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print('interrupted: --resume goes on from the last checkpoint', file=sys.stderr)
+        if not interrupted:
+            raise
+        print(interrupted, file=sys.stderr)
         sys.exit(130)
 
 

@@ -15,7 +15,6 @@ drawn and log alpha is 5 to 6. One seed, about nine minutes on a busy core.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -38,9 +37,8 @@ from rich.table import Table
 
 import svd_jax as svd
 from experiments import data
-from experiments.config import Config, require
+from experiments.config import Config, ended_in_a_line, require
 from experiments.environment import environment
-from experiments.errors import UsageError
 from experiments.models import LeNet300
 from experiments.pictures import BLUE, ORANGE, style
 from experiments.report import claimed, write_json
@@ -608,12 +606,8 @@ def _by_log_alpha(axes: Axes, summary: dict[str, Any]) -> None:
 
 
 def command_line() -> None:
-    """Bad input ends with one line on stderr and exit code 2."""
-    try:
+    with ended_in_a_line():
         run(tyro.cli(Options, prog=f'python -m experiments.{NAME}', description=__doc__))
-    except UsageError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,6 @@ a CPU.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import integrate, optimize, special
 
-from experiments.config import require
+from experiments.config import ended_in_a_line, require
 from experiments.environment import environment
-from experiments.errors import UsageError
 from experiments.pictures import BLUE, GREEN, ORANGE, PINK, SKY, style
 from experiments.report import claimed, write_json
 from svd_jax import math
@@ -316,12 +314,8 @@ def _style(axes: Axes, title: str, ylabel: str) -> None:
 
 
 def command_line() -> None:
-    """Bad input ends with one line on stderr and exit code 2."""
-    try:
+    with ended_in_a_line():
         run(tyro.cli(Options, prog=f'python -m experiments.{NAME}', description=__doc__))
-    except UsageError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
 """The training loop that all experiments share."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +19,16 @@ from experiments.checkpoint import Checkpoints
 from experiments.config import Config, fingerprint
 from experiments.environment import environment
 from experiments.errors import UsageError
-from experiments.report import Report, lock, mean_row, measure, quality, read_history, write_json
+from experiments.report import (
+    Report,
+    claim_of,
+    lock,
+    mean_row,
+    measure,
+    quality,
+    read_history,
+    write_json,
+)
 from experiments.training import Training
 
 # What each of several networks has of its own.
@@ -208,26 +216,18 @@ def _claimed(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[None
 
 
 def _check_claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
-    path = out / 'run.json'
-    if not path.exists():
+    before = claim_of(out, resume)
+    if before is None:
         if any(other.name != 'run.tmp' for other in out.iterdir()):  # that, a kill may leave
             raise UsageError(f'{out} is not empty and holds no run: choose another --out')
-    elif not resume:
-        raise UsageError(
-            f'{out} already holds a run: go on with it by --resume, or choose another --out'
-        )
-    else:
-        try:
-            before = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f'{path} is damaged: choose another --out') from error
-        for name, value in identity.items():
-            if before.get(name) != value:
-                option = name if name in ('experiment', 'examples') else _option(name)
-                raise UsageError(
-                    f'{out} holds a run with {option} {before.get(name)}, not {value}: '
-                    'give --resume the same options, or choose another --out'
-                )
+        return
+    for name, value in identity.items():
+        if before.get(name) != value:
+            option = name if name in ('experiment', 'examples') else _option(name)
+            raise UsageError(
+                f'{out} holds a run with {option} {before.get(name)}, not {value}: '
+                'give --resume the same options, or choose another --out'
+            )
 
 
 def _option(name: str) -> str:

@@ -71,6 +71,25 @@ def lock(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
+def claim_of(out: Path, resume: bool) -> dict[str, Any] | None:
+    """What the ``run.json`` of a folder says of its run; None if there is none.
+
+    Raises:
+      UsageError: there is one, and it is not to go on; or it is damaged.
+    """
+    path = out / 'run.json'
+    if not path.exists():
+        return None
+    if not resume:
+        raise UsageError(
+            f'{out} already holds a run: go on with it by --resume, or choose another --out'
+        )
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f'{path} is damaged: choose another --out') from error
+
+
 @contextlib.contextmanager
 def claimed(out: Path, experiment: str) -> Iterator[None]:
     """Makes the output folder of an experiment that has no checkpoints, and is alone in it.
