@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import scipy.sparse
 
-from svd_jax import tree
+from svd_jax import convention
 
 DENSE = 'dense float32'
 
@@ -76,7 +76,7 @@ def _written(write: Any, *args: Any, **arrays: Any) -> int:
 
 def _csr_bytes(sparse: Any, arrays: dict[str, np.ndarray]) -> int:
     """A compressed file for every weight as a matrix, and one for all the rest."""
-    names = [weight.path.replace('/', '.') for weight in tree.weights(sparse)]
+    names = [weight.path.replace('/', '.') for weight in convention.weights(sparse)]
     matrices = [arrays[name].reshape(-1, arrays[name].shape[-1]) for name in names]
     rest = {name: array for name, array in arrays.items() if name not in names}
     return _written(np.savez_compressed, **rest) + sum(

@@ -20,8 +20,7 @@ from jax import lax
 
 import svd_jax as svd
 from experiments import config, language_models, loop, pictures, text
-from experiments.training import Training, compute_dtype
-from svd_jax.tree import weights
+from experiments.training import Training, compute_dtype, is_random
 
 _EVALUATION_BATCH = 64
 
@@ -109,7 +108,7 @@ class TextTraining(Training):
         return self.model.init(key, jnp.zeros((1, self._length), jnp.int32))
 
     def _apply(self, variables: Any, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
-        if not any(weight.log_sigma2 is not None for weight in weights(variables['params'])):
+        if not is_random(variables['params']):
             return self.model.apply(variables, inputs, **options), jnp.zeros(())
         return svd.apply(
             self.model, variables, inputs, rngs=rngs, kl_method=self.config.kl,

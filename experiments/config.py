@@ -55,6 +55,20 @@ class Config:
     """Which KL divergence; see docs/mathematics.md."""
     kl_weight: Annotated[tuple[float, ...], tyro.conf.arg(metavar='WEIGHT ...')] = (1.0,)
     """Of the KL divergence after the warm-up; 1 is the bound. Several train at once."""
+    groups: Literal['none', 'units', 'weights+units'] = 'none'
+    """What is random: every weight, whole units (channels of convolutions, inputs of dense layers),
+    or both."""
+    group_posterior: Literal['normal', 'log-normal'] = 'normal'
+    """Of the scales of units: Gaussian, or truncated log-normal (Neklyudov et al. 2017)."""
+    group_kl_weight: float = 1.0
+    """How many times the KL divergence of a unit's scale counts."""
+    group_threshold: float = 1.0
+    """Units with log alpha at or above it are dropped."""
+    unit_cost: Literal['none', 'flops'] = 'none'
+    """Weigh the KL divergences of units by the multiply-adds that they cost, with the same mean."""
+    budget: Annotated[float | None, tyro.conf.arg(metavar='SHARE')] = None
+    """Adjust the KL weight of units along the way, so that this share of the dense network's
+    multiply-adds is left; with --unit-cost flops."""
     log_sigma2_init: float = -10.0
     """The initial log variance of the noise on every weight."""
     log_sigma2_rate: float = 1.0
@@ -90,6 +104,7 @@ class Config:
         last = self.seed + self.seeds - 1
         require(0 <= self.seed <= last < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
         require(self.learning_rate > 0, 'learning_rate', 'must be above 0')
+        require(self.group_kl_weight >= 0, 'group_kl_weight', 'must be at least 0')
         require(self.log_sigma2_rate > 0, 'log_sigma2_rate', 'must be above 0')
         require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')
         begin, end = self.kl_warmup
@@ -103,7 +118,9 @@ class Config:
         require(
             self.method == 'svd' or self.kl_weight == (1.0,), 'kl_weight', 'is for --method svd'
         )
-        require(self.method == 'svd' or not self.fine_tune, 'fine_tune', 'is for --method svd')
+        for name in ('fine_tune', 'groups'):
+            given = getattr(self, name) not in (0, 'none')
+            require(self.method == 'svd' or not given, name, 'is for --method svd')
         if self.pretrained is not None and self.method == 'dense':
             raise UsageError('--pretrained starts --method svd: leave it out for --method dense')
 
@@ -131,6 +148,13 @@ class Config:
                 two and all(map(_is_finite, self.warmup)), 'warmup',
                 f'needs two finite numbers, not {self.warmup!r}',
             )  # fmt: skip
+
+    @property
+    def thresholds(self) -> float | dict[str, float]:
+        """Of weights and of units, by path."""
+        if self.groups == 'none':
+            return self.threshold
+        return {'groups/': self.group_threshold, '': self.threshold}
 
     @property
     def kl_warmup(self) -> tuple[float, float]:

@@ -151,7 +151,7 @@ def _train(
         summary |= training.finish(folder, own, reported.history)
         write_json(folder / 'summary.json', summary)
     if len(summaries) == 1:
-        _say(console, out, state.params, summaries[0])
+        _say(console, out, state.params, training.config, summaries[0])
         return summaries[0]
     together = _together(config, summaries)
     write_json(out / 'summary.json', together)
@@ -273,11 +273,11 @@ def _start(
     return training.init(dense.variables), 0, 0.0
 
 
-def _say(console: Console, out: Path, params: Any, summary: dict[str, Any]) -> None:
+def _say(console: Console, out: Path, params: Any, config: Config, summary: dict[str, Any]) -> None:
     console.print()
     weights = ''
     if summary['method'] == 'sparse_vd':
-        console.print(str(svd.sparsity(params, summary['config']['threshold'])), highlight=False)
+        console.print(str(svd.sparsity(params, config.thresholds)), highlight=False)
         console.print()
         ratio = summary['compression']
         weights = 'no weights left, ' if ratio is None else f'{ratio:.1f} times fewer weights, '

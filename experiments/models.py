@@ -18,18 +18,26 @@ class LeNet300(nn.Module):
 
     Attributes:
       options: fields of :class:`svd_jax.linen.Variational`, for every layer.
+      hidden: the sizes of the two hidden layers.
     """
 
     options: Any = ()
+    hidden: tuple[int, int] = (300, 100)
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = False) -> tuple[jax.Array, jax.Array]:
         options = dict(self.options)
         x = x.reshape(x.shape[0], -1)
-        x, kl_0 = Dense(300, **options)(x, deterministic)
-        x, kl_1 = Dense(100, **options)(nn.relu(x), deterministic)
+        x, kl_0 = Dense(self.hidden[0], **options)(x, deterministic)
+        x, kl_1 = Dense(self.hidden[1], **options)(nn.relu(x), deterministic)
         x, kl_2 = Dense(10, **options)(nn.relu(x), deterministic)
         return x, kl_0 + kl_1 + kl_2
+
+
+class LeNet500300(LeNet300):
+    """784-500-300-10, 545,000 weights: that of Structured Bayesian Pruning."""
+
+    hidden: tuple[int, int] = (500, 300)
 
 
 class LeNet5(nn.Module):

@@ -1,9 +1,10 @@
 """The compiled parts of a run, with the data on the device; one network or several at once."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -14,10 +15,11 @@ import optax
 from jax import lax
 
 import svd_jax as svd
-from experiments import augment, data, pictures
+from experiments import augment, budget, data, pictures
 from experiments.config import Config
 from experiments.errors import UsageError
 from experiments.stream import prefetch
+from svd_jax.convention import weights
 
 # Steps per dispatch: few enough for a lively progress bar, enough to hide the dispatch.
 _CHUNK = 100
@@ -46,6 +48,8 @@ class Training:
 
     followed_on: str
     evaluated_on: str
+    # What shares a scale where units have one, by the name of the layer.
+    units: Mapping[str, Any] = MappingProxyType({'Conv': 'outputs', 'Dense': 'inputs'})
     # What there is depends on the kind of data.
     dataset: Any
     model: Any
@@ -161,6 +165,38 @@ class Training:
         """The network in training, and its KL divergence; with ``mutable``, also its updates."""
         return self.model.apply(variables, inputs, rngs=rngs, **options)
 
+    def _apply_weighted(
+        self, group_weights: Any, variables: Any, inputs: jax.Array, rngs: Any, **options: Any
+    ) -> Any:
+        """With the KL of every group counted so many times."""
+        result = self._apply(variables, inputs, rngs, **options)
+        if not group_weights:
+            return result
+
+        def weight(path: str) -> Any:
+            return group_weights.get(path.rpartition('/')[0], 1.0)
+
+        kl = svd.kl(variables['params'], self.config.kl, weight)
+        return ((result[0][0], kl), result[1]) if options else (result[0], kl)
+
+    def _group_weights(self, state: svd.TrainState, epoch: int) -> dict[str, Any]:
+        """What the KL of every group counts in an epoch, by the state before it."""
+        config = self.config
+        paths = {
+            scale.group for weight in weights(state.params) for scale in weight.scales
+        } if epoch <= config.epochs else set()  # fmt: skip
+        if not paths or (config.unit_cost == 'none' and config.budget is None):
+            return dict.fromkeys(sorted(paths), config.group_kl_weight)
+        costs = svd.unit_costs(
+            self._shipped, state.variables, self._example(), threshold=config.thresholds
+        )
+        mean = config.group_kl_weight
+        if config.budget is not None:
+            work = self._work(self._left(state.variables, config.thresholds))
+            share = work['multiply_adds'] / work['multiply_adds_dense']
+            mean *= budget.kl_factor(share, config.budget, (epoch - 1) / config.epochs)
+        return dict(sorted(svd.kl_weights(costs, state.params, mean).items()))
+
     def _batch(self, resident: Any, batch: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
         """Inputs and targets of a step, and a key for what else is random."""
         images, labels = jax.tree.map(lambda a: a[batch], resident) if resident else batch
@@ -183,7 +219,13 @@ class Training:
     def _state(self, dense: Any) -> svd.TrainState:
         params = dense['params']
         if self.variational:
-            params = svd.variational(params, log_sigma2_init=self.config.log_sigma2_init)
+            params = svd.variational(
+                params,
+                where=() if self.config.groups == 'units' else None,
+                log_sigma2_init=self.config.log_sigma2_init,
+                groups=None if self.config.groups == 'none' else self.units,
+                log_normal=self.config.group_posterior == 'log-normal',
+            )
         return svd.TrainState.create({**dense, 'params': params}, self.tx)
 
     def dense_state(self) -> svd.TrainState:
@@ -204,24 +246,30 @@ class Training:
 
     def _apply_left(self, variables: Any, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
         """The network that is left, in training; what was dropped gets no gradient."""
-        left = self._left(variables, self.config.threshold)
+        left = self._left(variables, self.config.thresholds)
         return self._apply(left, inputs, rngs, **options)
 
     @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
     def _chunk(
         self, fine_tune: bool, state: svd.TrainState, resident: Any, *each: Any
     ) -> tuple[svd.TrainState, dict[str, jax.Array]]:
-        """Some steps; ``each`` network has its own batches, keys and KL weight."""
+        """Some steps; ``each`` network has its own batches, keys and KL weights."""
 
-        def chunk(state: svd.TrainState, batches: Any, keys: jax.Array, weight: jax.Array) -> Any:
+        def chunk(
+            state: svd.TrainState,
+            batches: Any,
+            keys: jax.Array,
+            weight: jax.Array,
+            group_weights: dict[str, jax.Array],
+        ) -> Any:
             take_step = svd.make_train_step(
-                self._apply_left if fine_tune else self._apply,
+                self._apply_left if fine_tune else partial(self._apply_weighted, group_weights),
                 svd.classification_loss,
                 self._fine_tx if fine_tune else self.tx,
                 num_data=self._num_data,
                 num_samples=self.config.num_samples,
                 kl_weight=lambda step: weight * self._warmup(step),
-                threshold=self.config.threshold,
+                threshold=self.config.thresholds,
             )
 
             def step(state: svd.TrainState, given: tuple[Any, jax.Array]) -> Any:
@@ -254,7 +302,7 @@ class Training:
         """How good it is in the end."""
         return self._scores(variables)
 
-    def _left(self, variables: Any, threshold: float) -> Any:
+    def _left(self, variables: Any, threshold: Any) -> Any:
         """The variables of the network that would ship with this threshold."""
         if not self.variational:
             return variables
@@ -276,6 +324,8 @@ class Training:
             self._noise_keys
         )
         kl_weights = jnp.asarray([own.kl_weight[0] for own in self._configs])
+        group_weights = [self._group_weights(own, epoch) for own in self.split(state)]
+        group_weights = jax.tree.map(lambda *own: jnp.asarray(own), *group_weights)
         fine_tune = epoch > self.config.epochs
         if epoch == self.config.epochs + 1:
             state = state.replace(opt_state=self._fresh(state.params))
@@ -283,7 +333,13 @@ class Training:
         for first, batches in zip(range(0, self.steps, _CHUNK), self._feed(orders), strict=True):
             part = slice(first, first + _CHUNK)
             state, metrics = self._chunk(
-                fine_tune, state, self._resident, batches, keys[:, part], kl_weights
+                fine_tune,
+                state,
+                self._resident,
+                batches,
+                keys[:, part],
+                kl_weights,
+                group_weights,
             )
             chunks.append(jax.device_get(metrics))
             advance(min(first + _CHUNK, self.steps))
@@ -305,7 +361,7 @@ class Training:
             row = {
                 'epoch': epoch, 'loss': mean['loss'], 'data_term': mean['data_term'],
                 'learning_rate': self.learning_rate(epoch), 'train_error': 100 * mean['error'],
-                **self._scores(self._left(own.variables, self.config.threshold)),
+                **self._scores(self._left(own.variables, self.config.thresholds)),
                 **self._counts(own),
                 'skipped_steps': int((~finite).sum()), 'seconds': seconds,
                 **self._speed(orders[i].size / seconds),
@@ -326,17 +382,40 @@ class Training:
 
     def _counts(self, state: svd.TrainState) -> dict[str, Any]:
         """Nonzero weights of one network, as the summary has them."""
-        sparsity = svd.sparsity(state.params, self.config.threshold)
-        return {
+        sparsity = svd.sparsity(state.params, self.config.thresholds)
+        counts: dict[str, Any] = {
             'compression': sparsity.compression if sparsity.nonzero else None,
             'nonzero': sparsity.nonzero,
             'total': sparsity.total,
             'sparsity_per_layer': {k: v.percent for k, v in sparsity.layers.items()},
         }
+        if sparsity.units:
+            counts['units'] = {k: [v.nonzero, v.total] for k, v in sparsity.units.items()}
+        return counts
+
+    def _groups(self, state: svd.TrainState) -> dict[str, Any]:
+        """What the summary has of units, where they are random."""
+        if self.config.groups == 'none':
+            return {}
+        left = self._left(state.variables, self.config.thresholds)
+        return {'groups': self.config.groups, **self._work(left)}
+
+    def _work(self, variables: Any) -> dict[str, Any]:
+        """The multiply-adds for an image, once made smaller, and of the dense network."""
+        small = svd.compact(self._shipped, variables, self._example())
+        dense, left = small.report.multiply_adds
+        return {'multiply_adds': left, 'multiply_adds_dense': dense}
+
+    def _example(self) -> jax.Array:
+        return self._prepare(jnp.asarray(self.dataset.train_images[:1]))
+
+    def _shipped(self, variables: Any, inputs: jax.Array) -> jax.Array:
+        return self.model.apply(variables, inputs, True)[0]
 
     def save_frame(self, folder: Path, epoch: int, state: svd.TrainState) -> None:
         """Adds a frame to the GIF of one network."""
-        frame = pictures.snapshot(jax.device_get(state.params), self.config.threshold)
+        left = self._left(state.variables, self.config.thresholds)
+        frame = pictures.snapshot(jax.device_get(left['params']), self.config.threshold)
         pictures.save_frame(folder / 'frames', epoch, frame)
 
     def finish(self, folder: Path, state: svd.TrainState, history: pictures.History) -> Any:
@@ -348,7 +427,7 @@ class Training:
 
     def _ship(self, folder: Path, state: svd.TrainState) -> dict[str, Any]:
         """Writes what is left, exactly: the variables, or the parameters if those are all."""
-        left = jax.device_get(self._left(state.variables, self.config.threshold))
+        left = jax.device_get(self._left(state.variables, self.config.thresholds))
         network = left if state.collections else left['params']
         return {'file_bytes': svd.save(folder / 'model.svd', network)}
 
@@ -358,14 +437,20 @@ class Training:
             {
                 'method': 'sparse_vd' if self.variational else 'dense',
                 'dataset': self.dataset.name, 'seed': config.seed, 'epochs': config.epochs,
-                **self._final_scores(self._left(own.variables, config.threshold)),
+                **self._final_scores(self._left(own.variables, config.thresholds)),
                 **_mean_weights(self._final_scores(self._left(own.variables, float('inf')))),
                 'evaluated_on': self.evaluated_on,
                 **self._counts(own),
+                **self._groups(own),
                 'config': config.identity(),
             }
             for config, own in zip(self._configs, self.split(state), strict=True)
         ]  # fmt: skip
+
+
+def is_random(params: Any) -> bool:
+    """Whether any weight has a posterior, or scales that have one."""
+    return any(weight.randoms for weight in weights(params))
 
 
 def _is_log_sigma2(params: Any) -> Any:

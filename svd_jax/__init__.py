@@ -22,6 +22,9 @@ from svd_jax._version import __version__ as __version__
 from svd_jax.compaction import Compact as Compact
 from svd_jax.compaction import compact as compact
 from svd_jax.compaction import fold as fold
+from svd_jax.convention import weight_paths as weight_paths
+from svd_jax.cost import kl_weights as kl_weights
+from svd_jax.cost import unit_costs as unit_costs
 from svd_jax.diagnosis import Diagnosis as Diagnosis
 from svd_jax.diagnosis import Sparsity as Sparsity
 from svd_jax.diagnosis import diagnose as diagnose
@@ -50,4 +53,3 @@ from svd_jax.tree import kl as kl
 from svd_jax.tree import log_alpha as log_alpha
 from svd_jax.tree import sparsify as sparsify
 from svd_jax.tree import variational as variational
-from svd_jax.tree import weight_paths as weight_paths

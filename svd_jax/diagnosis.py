@@ -6,13 +6,14 @@ was measured in training. Every warning says what to do about it.
 
 import textwrap
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svd_jax import tree
+from svd_jax import convention, tree
 
 PyTree = Any
 
@@ -66,10 +67,17 @@ class Finding(NamedTuple):
 
 
 class Sparsity(NamedTuple):
-    """Counts of weights by layer, and overall, with warnings; prints as a table."""
+    """Counts of weights by layer, and overall, with warnings; prints as a table.
+
+    Attributes:
+      layers: weights that are left, by layer.
+      warnings: of what looks wrong.
+      units: that have a weight left, by layer and group: ``'Conv_0 outputs'``.
+    """
 
     layers: dict[str, Counts]
     warnings: tuple[Finding, ...] = ()
+    units: Mapping[str, Counts] = MappingProxyType({})
 
     @property
     def overall(self) -> Counts:
@@ -95,17 +103,24 @@ class Sparsity(NamedTuple):
         return self.overall.compression
 
     def __str__(self) -> str:
-        width = max(len('layer'), *map(len, self.layers))
-        lines = [
-            f'{"layer":{width}}  {"nonzero":>9}  {"of":>11}  {"zeros":>9}  {"compression":>11}'
-        ]
-        for name, counts in [*self.layers.items(), ('total', self.overall)]:
-            lines.append(
+        width = max(len('layer'), *map(len, [*self.layers, *self.units]))
+
+        def row(name: str, counts: Counts) -> str:
+            return (
                 f'{name:{width}}  {counts.nonzero:>9,}  {counts.total:>11,}  '
                 f'{counts.percent:>7.2f} %  {counts.compression:>10.1f}x'
             )
-        rule = '-' * len(lines[0])
-        table = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+
+        def heading(name: str, left: str) -> str:
+            return f'{name:{width}}  {left:>9}  {"of":>11}  {"zeros":>9}  {"compression":>11}'
+
+        first = heading('layer', 'nonzero')
+        rule = '-' * len(first)
+        rows = [row(*layer) for layer in self.layers.items()]
+        table = [first, rule, *rows, rule, row('total', self.overall)]
+        if self.units:
+            units = [row(*group) for group in self.units.items()]
+            table += ['', heading('units', 'left'), rule, *units]
         return '\n'.join([*table, *map(str, self.warnings)])
 
 
@@ -156,10 +171,10 @@ def sparsity(params: PyTree, threshold: tree.PerPath = 3.0) -> Sparsity:
     layers = _layers(params, threshold)
     if not layers:
         raise ValueError(
-            f'the tree has no leaf named {" or ".join(tree.WEIGHTS)}: nothing to count'
+            f'the tree has no leaf named {" or ".join(convention.WEIGHTS)}: nothing to count'
         )
     counts = {name: Counts(layer.nonzero, layer.total) for name, layer in layers.items()}
-    return Sparsity(counts, tuple(_of_the_tree(layers)))
+    return Sparsity(counts, tuple(_of_the_tree(layers)), _units(params, threshold))
 
 
 def diagnose(
@@ -228,7 +243,7 @@ def diagnose(
     layers = _layers(params, threshold, initial)
     if not layers:
         raise ValueError(
-            f'the tree has no leaf named {" or ".join(tree.WEIGHTS)}: nothing to diagnose'
+            f'the tree has no leaf named {" or ".join(convention.WEIGHTS)}: nothing to diagnose'
         )
     findings = _of_the_tree(layers, initial is not None)
     if (deterministic_error is None) != (sampled_error is None):
@@ -238,6 +253,13 @@ def diagnose(
     if metrics is not None:
         findings += _of_metrics(params, metrics, num_data, weight)
     return Diagnosis(tuple(findings))
+
+
+def _units(params: PyTree, threshold: tree.PerPath) -> dict[str, Counts]:
+    left = jax.device_get(tree.units(params, threshold))
+    names = (path.replace(f'{convention.GROUPS}/', ' ').replace('/ ', ' ').strip() for path in left)
+    counts = (Counts(int(found.sum()), found.size) for found in left.values())
+    return dict(zip(names, counts, strict=True))
 
 
 class _Layer(NamedTuple):
@@ -263,12 +285,14 @@ def _layers(
     params: PyTree, threshold: tree.PerPath, initial: PyTree | None = None
 ) -> dict[str, _Layer]:
     """Of every weight, by the path of its layer."""
-    starts = {} if initial is None else {w.path: w.log_sigma2 for w in tree.weights(initial)}
+    starts = (
+        {} if initial is None else {w.path: _log_sigma2(w) for w in convention.weights(initial)}
+    )
     facts = {
-        weight.path: _facts(weight.values, weight.log_sigma2, starts.get(weight.path))
-        for weight in tree.weights(params)
+        weight.path: _facts(weight.values, _log_sigma2(weight), starts.get(weight.path))
+        for weight in convention.weights(params)
     }
-    totals = {w.path: int(np.prod(jnp.shape(w.values))) for w in tree.weights(params)}
+    totals = {w.path: int(np.prod(jnp.shape(w.values))) for w in convention.weights(params)}
     nonzero, facts = jax.device_get((tree.nonzero(params, threshold), facts))
     return {
         path.rpartition('/')[0] or path: _Layer(
@@ -281,6 +305,12 @@ def _layers(
         )
         for path, (broken, is_zero, moved) in facts.items()
     }
+
+
+def _log_sigma2(weight: convention.Weight) -> jax.Array | None:
+    """Of a weight and its scales, flat."""
+    found = [random.log_sigma2.reshape(-1) for random in weight.randoms]
+    return jnp.concatenate(found) if found else None
 
 
 @jax.jit

@@ -20,7 +20,7 @@ from flax import serialization
 from jax import export, lax
 from jax.errors import InconclusiveDimensionOperation
 
-from svd_jax import backend, tree
+from svd_jax import backend, convention
 from svd_jax.program import Equation, Program, bind, operand_of, run_equations, trace
 
 Function = Callable[..., Any]
@@ -143,7 +143,7 @@ def export_arrays(params: PyTree, path: str | os.PathLike[str]) -> None:
       (3, 2)
     """
     path = Path(path)
-    arrays = {name: np.asarray(array) for name, array in tree.leaves(params)}
+    arrays = {name: np.asarray(array) for name, array in convention.leaves(params)}
     if path.suffix == '.npz':
         known = {name: _known_to_numpy(array) for name, array in arrays.items()}
         np.savez(path, **known)  # type: ignore[arg-type]  # they are no flags

@@ -18,7 +18,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from svd_jax import arrays, quantise, tree
+from svd_jax import arrays, convention, quantise, tree
 from svd_jax.entropy import Coder, Reader, Writer
 
 PyTree = Any
@@ -121,7 +121,7 @@ def save(
         raise ValueError('tolerance and bits are two ways to say the same: pass one of them')
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f'tolerance must be above 0, got {tolerance}')
-    variational = any(weight.log_sigma2 is not None for weight in tree.weights(params))
+    variational = any(weight.randoms for weight in convention.weights(params))
     if not variational and (tolerance is not None or bits is not None):
         raise ValueError(
             'tolerance and bits need the posterior: pass the variational tree, before svd.sparsify'
@@ -153,7 +153,7 @@ def _encode(sparse: PyTree, steps: Mapping[str, Any]) -> bytes:
 
 def _encode_in(params: PyTree, sparse: PyTree, bits: float) -> bytes:
     """The file of the smallest tolerance that takes no more bits a weight, found by bisection."""
-    kept = sum(int(np.count_nonzero(weight.values)) for weight in tree.weights(sparse))
+    kept = sum(int(np.count_nonzero(weight.values)) for weight in convention.weights(sparse))
     low, high = _TOLERANCES
     best = None
     for _ in range(_BISECTIONS):
@@ -270,13 +270,13 @@ def code_array(
 
 def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[str, Any]]:
     """Step and levels of every array that is quantised, by path."""
-    kept = {weight.path: np.asarray(weight.values) for weight in tree.weights(sparse)}
-    siblings = dict(tree.leaves(sparse))
-    for weight in tree.weights(params):
-        if weight.log_sigma2 is None:
+    kept = {weight.path: np.asarray(weight.values) for weight in convention.weights(sparse)}
+    siblings = dict(convention.leaves(sparse))
+    for weight in convention.weights(params):
+        if not weight.randoms:
             continue
         values = kept[weight.path].astype(np.float32)
-        sigma = np.exp(np.asarray(weight.log_sigma2, np.float32) / 2)
+        sigma = np.asarray(weight.deviation())
         used = sigma[values != 0]
         if not used.size:
             continue

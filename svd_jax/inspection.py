@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from svd_jax import arrays, entropy, file, table, tree
+from svd_jax import arrays, convention, entropy, file, table
 
 PathLike = str | os.PathLike[str]
 Counted = tuple[int, int]  # so many of so many
@@ -271,7 +271,7 @@ def verify(path: PathLike) -> Verified:
       >>> svd.verify(path)[1:]
       (1, 3)
     """
-    sizes = [array.size for _, array in tree.leaves(file.load(path))]
+    sizes = [array.size for _, array in convention.leaves(file.load(path))]
     return Verified(Path(path).stat().st_size, len(sizes), sum(sizes))
 
 
@@ -295,7 +295,7 @@ class _Meter(entropy.Writer):
 
 def _inspect(path: PathLike) -> tuple[Inspection, dict[str, np.ndarray]]:
     """And the arrays by path."""
-    found = list(tree.leaves(file.load(path)))  # or an error that names the file
+    found = list(convention.leaves(file.load(path)))  # or an error that names the file
     data = Path(path).read_bytes()
     opened = file.opened(data)
     meter = _Meter(entropy.Reader(opened.contents))

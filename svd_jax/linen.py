@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from svd_jax import linear, math, tree
+from svd_jax import convention, linear, randomness, transform, tree
 from svd_jax.conv import max_pool_2x2 as max_pool_2x2
 
 NOISE = 'noise'
@@ -43,12 +43,19 @@ class Variational(nn.Module):
       mask_in_training: whether the mean is masked so in training too, as the paper's authors did
         for the LeNets: the network then trains with the weights that it will have.
       kl_method: see :func:`svd_jax.math.kl`.
+      weights: whether every weight has a posterior of its own.
+      groups: which weights share a scale that has one, such as ``'outputs'``; as for
+        :func:`svd_jax.variational`.
+      log_normal: whether the scales' posterior is log-normal.
     """
 
     log_sigma2_init: float = -10.0
     threshold: float = 3.0
     mask_in_training: bool = False
     kl_method: str = 'molchanov'
+    weights: bool = True
+    groups: tree.Axes = None
+    log_normal: bool = False
 
     _dense_type: ClassVar[Any]
     _weight: ClassVar[str] = 'kernel'
@@ -65,34 +72,62 @@ class Variational(nn.Module):
         """The activations: of the masked mean, or sampled by local reparameterisation."""
         refuse_array(type(self).__name__, deterministic)
         params = self._params()
-        log_sigma2 = params.pop(tree.LOG_SIGMA2, None)
+        if convention.GROUPS in params:
+            return self._forward_by_groups(x, params, deterministic, method)
+        log_sigma2 = params.pop(convention.LOG_SIGMA2, None)
         if log_sigma2 is not None and (deterministic or self.mask_in_training):
-            params[self._weight] = tree.masked(params[self._weight], log_sigma2, self.threshold)
+            params[self._weight] = convention.masked(
+                params[self._weight], log_sigma2, self.threshold
+            )
         if log_sigma2 is None or deterministic:
             return linear.apply(self._dense(), params, x, method)
+        key = self._noise_key()
+        return linear.sample(self._dense(), self._weight, params, log_sigma2, x, key, method)
+
+    def _forward_by_groups(
+        self, x: jax.Array, params: dict[str, Any], deterministic: bool, method: str
+    ) -> jax.Array:
+        """As the model's program would be run around it, of which this is the one operation."""
+        if deterministic:
+            return linear.apply(self._dense(), tree.sparsify(params, self.threshold), x, method)
+        return transform.run(
+            lambda params: self._dense().apply({'params': params}, x, method=method),
+            params,
+            randomness.LayerKeys(self._noise_key()),
+            threshold=self.threshold if self.mask_in_training else None,
+        )
+
+    def _noise_key(self) -> jax.Array:
         if not self.has_rng(NOISE):
             raise ValueError(
                 f'{"/".join(self.path) or type(self).__name__} needs noise to train: pass '
                 "rngs={'noise': key} to apply, or deterministic=True to evaluate"
             )
-        key = self.make_rng(NOISE)
-        return linear.sample(self._dense(), self._weight, params, log_sigma2, x, key, method)
+        return self.make_rng(NOISE)
 
     def _kl(self) -> jax.Array:
-        params = self._params()
-        if tree.LOG_SIGMA2 not in params:
-            return jnp.zeros((), jnp.float32)
-        alpha = math.log_alpha(params[self._weight], params[tree.LOG_SIGMA2])
-        return jnp.sum(math.kl(alpha, self.kl_method))
+        (weight,) = convention.weights(self._params())
+        terms = (jnp.sum(random.kl(self.kl_method)) for random in weight.randoms)
+        return sum(terms, jnp.zeros((), jnp.float32))
 
-    def _declare_log_sigma2(self) -> None:
+    def _declare_posterior(self) -> None:
         """Beside the weight, which is declared already, and partitioned as the weight is."""
         weight = self.variables['params'][self._weight]
 
         def init(key: jax.Array) -> Any:
             return jax.tree.map(lambda w: jnp.full_like(w, self.log_sigma2_init), weight)
 
-        self.param(tree.LOG_SIGMA2, init)
+        def init_groups(key: jax.Array) -> Any:
+            grouped = tree.variational(
+                {self._weight: nn.meta.unbox(weight)}, (), self.log_sigma2_init,
+                groups=self.groups, log_normal=self.log_normal,
+            )  # fmt: skip
+            return grouped[convention.GROUPS]
+
+        if self.weights:
+            self.param(convention.LOG_SIGMA2, init)
+        if self.groups is not None:
+            self.param(convention.GROUPS, init_groups)
 
     def _params(self) -> dict[str, jax.Array]:
         return dict(nn.meta.unbox(self.variables['params']))
@@ -116,7 +151,7 @@ class Variational(nn.Module):
         """
         if self.is_initializing():
             super().__call__(x)  # type: ignore[misc]  # declares the parameters as Flax does
-            self._declare_log_sigma2()
+            self._declare_posterior()
         return self._forward(x, self.is_initializing() or deterministic), self._kl()
 
 
@@ -191,7 +226,7 @@ class Embed(Variational, nn.Embed):  # type: ignore[misc]
     def setup(self) -> None:
         super().setup()
         if self.is_initializing():
-            self._declare_log_sigma2()
+            self._declare_posterior()
 
     def __call__(
         self, inputs: jax.Array, deterministic: bool = False

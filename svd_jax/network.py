@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from svd_jax import backend
-from svd_jax.tree import LOG_SIGMA2, PerPath, sparsify
+from svd_jax.convention import LOG_SIGMA2
+from svd_jax.tree import PerPath, sparsify
 
 PyTree = Any
 Path = tuple[str, ...]

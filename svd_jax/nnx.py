@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from svd_jax import linen, transform, tree
+from svd_jax import convention, linen, transform, tree
 
 NOISE = linen.NOISE
 Randomness = nnx.Rngs | nnx.RngStream | jax.Array
@@ -64,6 +64,9 @@ class Variational(nnx.Module):
       log_sigma2: the logarithm of the variance of each weight, an ``nnx.Param`` of the weight's
         shape, type and metadata. A layer without this attribute is its twin in flax.nnx, and its
         KL is zero.
+      groups: of scales, each with its own ``log_sigma2``; see :func:`svd_jax.variational`, whose
+        arguments ``groups`` and ``log_normal`` the constructor takes too, and ``weights=False`` for
+        scales alone.
       log_sigma2_init: what ``log_sigma2`` starts from.
       threshold: weights with ``log_alpha`` at or above it are dropped where ``deterministic``.
       mask_in_training: see :class:`svd_jax.linen.Variational`.
@@ -84,6 +87,9 @@ class Variational(nnx.Module):
         threshold: float = 3.0,
         mask_in_training: bool = False,
         kl_method: str = 'molchanov',
+        weights: bool = True,
+        groups: tree.Axes = None,
+        log_normal: bool = False,
         deterministic: bool = False,
         rngs: nnx.Rngs,
         **fields: Any,
@@ -96,7 +102,19 @@ class Variational(nnx.Module):
         self.deterministic = deterministic
         self.rngs = rngs[NOISE].fork() if _streams(rngs) else nnx.data(None)
         weight = getattr(self, self._weight)
-        self.log_sigma2 = weight.replace(jnp.full_like(weight[...], log_sigma2_init))
+        if weights:
+            self.log_sigma2 = weight.replace(jnp.full_like(weight[...], log_sigma2_init))
+        if groups is not None:
+            grouped = tree.variational(
+                {self._weight: weight[...]}, (), log_sigma2_init,
+                groups=groups, log_normal=log_normal,
+            )[convention.GROUPS]  # fmt: skip
+            self.groups = nnx.Dict(
+                {
+                    group: nnx.Dict({name: nnx.Param(leaf) for name, leaf in own.items()})
+                    for group, own in grouped.items()
+                }
+            )
 
     def _linen(self) -> linen.Variational:
         """The twin in :mod:`svd_jax.linen`, unbound."""
@@ -113,13 +131,15 @@ class Variational(nnx.Module):
     def _apply(
         self, x: jax.Array, deterministic: bool | None, rngs: Any, method: str = '__call__'
     ) -> Any:
-        names = (self._weight, 'bias', tree.LOG_SIGMA2)
+        names = (self._weight, 'bias', convention.LOG_SIGMA2)
         variables = {name: getattr(self, name, None) for name in names}
-        params = {name: v.get_value() for name, v in variables.items() if v is not None}
+        own: dict[str, Any] = {n: v.get_value() for n, v in variables.items() if v is not None}
+        if hasattr(self, convention.GROUPS):
+            own[convention.GROUPS] = params(self.groups)
         deterministic = self.deterministic if deterministic is None else deterministic
         linen.refuse_array(type(self).__name__, deterministic)
         streams = {}
-        if tree.LOG_SIGMA2 in params and not deterministic:
+        if not deterministic and {convention.LOG_SIGMA2, convention.GROUPS} & set(own):
             rngs = self.rngs if rngs is None else rngs
             if rngs is None:
                 raise ValueError(
@@ -128,7 +148,7 @@ class Variational(nnx.Module):
                 )
             streams = {NOISE: _key(rngs)}
         return self._linen().apply(
-            {'params': params}, x, bool(deterministic), rngs=streams, method=method
+            {'params': own}, x, bool(deterministic), rngs=streams, method=method
         )
 
     def __call__(
@@ -351,17 +371,19 @@ def with_params(model: Model, params: tree.PyTree, copy: bool = True) -> Model:
       >>> sorted(svd.nnx.params(sparse)), sorted(svd.nnx.params(model))
       (['bias', 'kernel'], ['bias', 'kernel', 'log_sigma2'])
     """
-    given = dict(tree.leaves(params))
+    given = dict(convention.leaves(params))
     model = nnx.clone(model) if copy else model
     places = {_joined(path): (path, variable) for path, variable in _variables(model)}
     had = set(places)
-    for weight in tree.weights(params):  # checks the convention too
-        if weight.log_sigma2 is not None and weight.path in places:
+    for weight in convention.weights(params):  # checks the convention too
+        if weight.path in places:
             path, variable = places[weight.path]
-            beside = (*path[:-1], tree.LOG_SIGMA2)
-            places.setdefault(_joined(beside), (beside, variable))
+            for beside, like in _posterior_of(weight, path, variable):
+                places.setdefault(_joined(beside), (beside, like))
     gone = [path for name, (path, _) in places.items() if name not in given]
-    for missing in (path for path in gone if path[-1] != tree.LOG_SIGMA2):
+    for missing in gone:
+        if missing[-1] == convention.LOG_SIGMA2 or convention.GROUPS in missing:
+            continue
         raise ValueError(f'{_joined(missing)} is a parameter of the model but not in the tree')
     changed: list[tuple[Any, nnx.Variable]] = []
     added: list[tuple[Any, nnx.Variable]] = []
@@ -377,26 +399,55 @@ def with_params(model: Model, params: tree.PyTree, copy: bool = True) -> Model:
     nnx.update(model, nnx.from_flat_state(changed))
     for path, variable in added:
         _put(model, path, variable)
-    for path in gone:
+    for path in _whole_groups(gone):
         _put(model, path, None)
     return model
+
+
+def _posterior_of(
+    weight: convention.Weight, path: tuple[Any, ...], variable: nnx.Variable
+) -> Iterable[tuple[tuple[Any, ...], nnx.Variable]]:
+    """Where a weight's posterior goes, and those of its scales, with variables like them."""
+    if weight.log_sigma2 is not None:
+        yield (*path[:-1], convention.LOG_SIGMA2), variable
+    for scale in weight.scales:
+        group = (*path[:-1], *scale.path.split('/')[-3:-1])
+        # How the weight is laid out over devices is nothing to a scale.
+        like = nnx.Param(jnp.asarray(scale.location))
+        yield (*group, scale.path.rpartition('/')[2]), like
+        yield (*group, convention.LOG_SIGMA2), like
+
+
+def _whole_groups(paths: Iterable[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
+    """Once the path of what holds them, in the place of those of scales."""
+    return dict.fromkeys(
+        path[: path.index(convention.GROUPS) + 1] if convention.GROUPS in path else path
+        for path in paths
+    )
 
 
 def _put(model: Any, path: tuple[Any, ...], variable: nnx.Variable | None) -> None:
     """Puts a variable in its place in the model, or removes the one that is there."""
     node = model
-    for name in path[:-1]:
-        indexed = isinstance(node, (dict, list, tuple))
+    for at, name in enumerate(path[:-1]):
+        indexed = isinstance(node, (dict, list, tuple, nnx.Dict))
+        if convention.GROUPS in path[: at + 1] and name not in (node if indexed else vars(node)):
+            _set(node, name, nnx.Dict())
         node = node[name] if indexed else getattr(node, str(name))
-    match isinstance(node, dict), variable is None:
+    _set(node, path[-1], variable)
+
+
+def _set(node: Any, name: Any, value: Any) -> None:
+    """Puts something in its place in a node, or removes what is there."""
+    match isinstance(node, (dict, nnx.Dict)), value is None:
         case True, True:
-            del node[path[-1]]
+            del node[name]
         case True, False:
-            node[path[-1]] = variable
+            node[name] = value
         case False, True:
-            delattr(node, path[-1])
+            delattr(node, name)
         case False, False:
-            setattr(node, path[-1], variable)
+            setattr(node, name, value)
 
 
 def variational(
@@ -404,6 +455,9 @@ def variational(
     where: tree.Where = None,
     log_sigma2_init: tree.PerPath = -10.0,
     copy: bool = True,
+    *,
+    groups: tree.Groups = None,
+    log_normal: bool = False,
 ) -> Model:
     """Gives an existing, unchanged NNX model a posterior: ``log_sigma2`` beside its weights.
 
@@ -415,10 +469,13 @@ def variational(
         :func:`svd_jax.variational`.
       log_sigma2_init: the logarithm of the variance to start from: as there.
       copy: whether to leave ``model`` alone and return a copy, or to change it in place.
+      groups: which weights share a scale: as there.
+      log_normal: of what family the scales' posteriors are: as there.
 
     Returns:
       The copy, or ``model`` itself, with an ``nnx.Param`` ``log_sigma2`` beside every chosen
-      ``kernel`` or ``embedding``, of its shape, type and metadata.
+      ``kernel`` or ``embedding``, of its shape, type and metadata, and ``groups`` beside those that
+      have any.
 
     Raises:
       ValueError: a chosen weight is variational already, or none was chosen.
@@ -431,7 +488,9 @@ def variational(
       >>> model.log_sigma2.shape, model(jnp.ones((1, 3))).shape
       ((3, 4), (1, 4))
     """
-    new = tree.variational(params(model), where, log_sigma2_init)
+    new = tree.variational(
+        params(model), where, log_sigma2_init, groups=groups, log_normal=log_normal
+    )
     return with_params(model, new, copy)
 
 

@@ -7,6 +7,9 @@ operation came from. On its way there a weight may be cast, transposed, cut, joi
 scaled: anything that leaves its entries independent. Loops, branches and checkpoints are entered,
 and stay what they are.
 
+Where the weight has scales that its units share, the input or the result of the linear operation is
+multiplied by them instead, a draw for every example: the same for all positions of a convolution.
+
 A weight that is used in any other way has to be drawn itself, before the program runs;
 :func:`uses` tells which.
 """
@@ -22,25 +25,50 @@ from flax.core.scope import LazyRng
 from jax import lax
 from jax.extend import core
 
-from svd_jax import conv, linear
+from svd_jax import conv, linear, scales
 from svd_jax.program import CALLS, closed_jaxpr
+from svd_jax.scales import Scale, Spread
 
 Paths = frozenset[str]
 _NONE: Paths = frozenset()
 
 
+class Mark(NamedTuple):
+    """What there is to know of an array before its values.
+
+    Attributes:
+      paths: of the random weights that it is made of; none if it is not random.
+      spreads: how the scales of those lie in it; None for one that cannot be told so.
+    """
+
+    paths: Paths = _NONE
+    spreads: tuple[Spread | None, ...] = ()
+
+
 class Random(flax.struct.PyTreeNode):
-    """An array of independent Gaussian entries.
+    """An array of entries that are independent, given their scales.
 
     Attributes:
       mean: any shape.
-      variance: that shape; in float32 where the mean is in float16, whose range is too small.
+      variance: that shape; in float32 where the mean is in float16, whose range is too small. None
+        where the entries themselves are not random.
       paths: of the weights that it is made of.
+      scales: that multiply its entries, whole units at a time.
     """
 
     mean: jax.Array
-    variance: jax.Array
+    variance: jax.Array | None
     paths: Paths = flax.struct.field(pytree_node=False)
+    scales: tuple[Scale, ...] = ()
+
+    @property
+    def mark(self) -> Mark:
+        return Mark(self.paths, tuple(scale.spread for scale in self.scales))
+
+
+def mark_of(value: Any) -> Mark:
+    """Of any operand."""
+    return value.mark if isinstance(value, Random) else Mark()
 
 
 class Keys:
@@ -50,12 +78,12 @@ class Keys:
     """
 
     def __init__(self, root: jax.Array) -> None:
-        self._root = root
+        self.root = root
         self._used: dict[tuple[str, ...], int] = {}
 
     def _next(self, *place: str) -> jax.Array:
         self._used[place] = self._used.get(place, 0) + 1
-        return LazyRng.create(self._root, *place, self._used[place]).as_jax_rng()
+        return LazyRng.create(self.root, *place, self._used[place]).as_jax_rng()
 
     def of(self, paths: Paths) -> jax.Array:
         """For one operation on a weight."""
@@ -64,6 +92,13 @@ class Keys:
     def of_rounds(self, count: int) -> jax.Array:
         """One for each round of a loop, to draw others from."""
         return jax.random.split(self._next('loop'), count)
+
+
+class LayerKeys(Keys):
+    """Those of a single layer, whose own key it is that is given."""
+
+    def of(self, paths: Paths) -> jax.Array:
+        return self.root
 
 
 # What only moves or casts the entries of its first operand, where the others are not random.
@@ -95,8 +130,18 @@ def _called(eqn: Any) -> core.ClosedJaxpr | None:
     return closed_jaxpr(eqn.params[CALLS[name]])
 
 
+def _moved_mark(eqn: Any, marks: Sequence[Mark]) -> Mark | None:
+    """Of the results, if they have independent Gaussian entries as the random operands have."""
+    if not _keeps_independence(eqn, [mark.paths for mark in marks]):
+        return None
+    at = next(at for at, mark in enumerate(marks) if mark.paths)
+    spreads = tuple(scales.moved(eqn, at, spread) for mark in marks for spread in mark.spreads)
+    if None in spreads:
+        return None
+    return Mark(_NONE.union(*(mark.paths for mark in marks)), spreads)
+
+
 def _keeps_independence(eqn: Any, operands: Sequence[Paths]) -> bool:
-    """Whether the results have independent Gaussian entries, as the random operands have."""
     name, result = eqn.primitive.name, eqn.outvars[0].aval
     only_first = bool(operands[0]) and not any(operands[1:])
     if not jnp.issubdtype(result.dtype, jnp.floating):
@@ -110,12 +155,18 @@ def _keeps_independence(eqn: Any, operands: Sequence[Paths]) -> bool:
     return (name in _MOVES or name in ('div', 'neg', 'reduce_sum')) and only_first
 
 
-def _is_linear(eqn: Any, operands: Sequence[Paths]) -> bool:
+def _is_linear(eqn: Any, marks: Sequence[Mark]) -> bool:
     """Whether the results are sums of random entries, each times something that is not random."""
-    name = eqn.primitive.name
+    name, first, second = eqn.primitive.name, *(bool(mark.paths) for mark in marks[:2])
     if name == 'gather':  # a lookup
-        return bool(operands[0]) and not operands[1]
-    return name in ('dot_general', 'conv_general_dilated') and not (operands[0] and operands[1])
+        is_linear = first and not second
+    else:
+        is_linear = name in ('dot_general', 'conv_general_dilated') and not (first and second)
+    return is_linear and all(
+        scales.place(eqn, at, spread) is not None
+        for at, mark in enumerate(marks)
+        for spread in mark.spreads
+    )
 
 
 class Uses(NamedTuple):
@@ -124,69 +175,77 @@ class Uses(NamedTuple):
     Attributes:
       linear: paths of weights that meet inputs in linear operations.
       other: paths of weights that are used in any other way too.
-      results: for each of its results, the paths of the weights that it is made of.
+      results: for each of its results, the mark of what it is made of.
     """
 
     linear: Paths
     other: Paths
-    results: list[Paths]
+    results: list[Mark]
 
 
-def uses(program: Any, arguments: Sequence[Paths], in_loops: bool) -> Uses:
+def uses(program: Any, arguments: Sequence[Mark], in_loops: bool) -> Uses:
     """How a program uses its random arguments.
 
     Args:
       program: a jaxpr.
-      arguments: for each of its arguments the path of the weight that it is, or nothing.
+      arguments: for each of its arguments the mark of the weight that it is, or an empty one.
       in_loops: whether linear operations in a loop are linear also for a weight that is the same
         in all its rounds. Their noise is new in every round; recurrent networks want one draw for
         all of them (Chirkova, Lobacheva & Vetrov 2018).
     """
     jaxpr = closed_jaxpr(program).jaxpr
-    known: dict[Any, Paths] = dict(zip(jaxpr.invars, arguments, strict=True))
+    known: dict[Any, Mark] = dict(zip(jaxpr.invars, arguments, strict=True))
 
-    def paths_of(atom: Any) -> Paths:
-        return _NONE if isinstance(atom, core.Literal) else known.get(atom, _NONE)
+    def mark_of(atom: Any) -> Mark:
+        return Mark() if isinstance(atom, core.Literal) else known.get(atom, Mark())
 
     linear, other = _NONE, _NONE
     for eqn in jaxpr.eqns:
-        operands = [paths_of(atom) for atom in eqn.invars]
-        paths = _NONE.union(*operands)
+        marks = [mark_of(atom) for atom in eqn.invars]
+        paths = united(marks)
         if not paths:
             continue
-        if _keeps_independence(eqn, operands):
-            known.update(dict.fromkeys(eqn.outvars, paths))
-        elif _is_linear(eqn, operands):
+        if (moved := _moved_mark(eqn, marks)) is not None:
+            known.update(dict.fromkeys(eqn.outvars, moved))
+        elif _is_linear(eqn, marks):
             linear |= paths
         else:
-            found = _uses_within(eqn, operands, in_loops)
+            found = _uses_within(eqn, marks, in_loops)
             linear, other = linear | found.linear, other | found.other
             known.update(zip(eqn.outvars, found.results, strict=True))
-    return Uses(linear, other, [paths_of(atom) for atom in jaxpr.outvars])
+    return Uses(linear, other, [mark_of(atom) for atom in jaxpr.outvars])
 
 
-def _uses_within(eqn: Any, operands: list[Paths], in_loops: bool) -> Uses:
+def united(marks: Sequence[Mark]) -> Paths:
+    """The paths of all."""
+    return _NONE.union(*(mark.paths for mark in marks))
+
+
+def _uses_within(eqn: Any, marks: list[Mark], in_loops: bool) -> Uses:
     """How the programs within an operation use its random operands."""
     name = eqn.primitive.name
     if name == 'cond':
-        programs, other = eqn.params['branches'], operands[0]
-        operands = operands[1:]
+        programs, other = eqn.params['branches'], marks[0].paths
+        marks = marks[1:]
     elif name == 'scan':
-        consts, carried, _ = _parts(eqn, operands)
+        consts, carried, scanned = _parts(eqn, marks)
         programs = [eqn.params['jaxpr']]
-        other = _NONE.union(*carried, *(() if in_loops else consts))
+        # A scale would have to be cut into rounds, as its weight is.
+        scaled = [mark for mark in scanned if mark.spreads]
+        other = united([*carried, *scaled, *([] if in_loops else consts)])
     elif (called := _called(eqn)) is not None:
         programs, other = [called], _NONE
     else:
-        programs, other = [], _NONE.union(*operands)
-    found = [uses(program, [paths - other for paths in operands], in_loops) for program in programs]
+        programs, other = [], united(marks)
+    local = [Mark() if mark.paths & other else mark for mark in marks]
+    found = [uses(program, local, in_loops) for program in programs]
     linear = _NONE.union(*(f.linear for f in found))
     other = other.union(*(f.other for f in found))
     if len(found) == 1 and name in CALLS and name not in _CHECKPOINTS:
         return Uses(linear, other, found[0].results)
     # Through these, what is returned has to be an array.
-    escaping = (paths for f in found for paths in f.results)
-    return Uses(linear, other.union(*escaping), [_NONE] * len(eqn.outvars))
+    escaping = (united(f.results) for f in found)
+    return Uses(linear, other.union(*escaping), [Mark()] * len(eqn.outvars))
 
 
 def _parts(eqn: Any, operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -219,12 +278,12 @@ def evaluate(program: Any, keys: Keys, *arguments: Any) -> list[Any]:
 
 
 def _results(eqn: Any, operands: list[Any], keys: Keys) -> list[Any]:
-    paths = [v.paths if isinstance(v, Random) else _NONE for v in operands]
-    if not any(paths):
+    marks = [mark_of(v) for v in operands]
+    if not united(marks):
         return _as_it_is(eqn, operands)
-    if _keeps_independence(eqn, paths):
-        return _moved(eqn, operands, _NONE.union(*paths))
-    if _is_linear(eqn, paths):
+    if (moved := _moved_mark(eqn, marks)) is not None:
+        return _moved(eqn, operands, moved)
+    if _is_linear(eqn, marks):
         return [_sampled(eqn, operands, keys)]
     if eqn.primitive.name == 'cond':
         branches = [functools.partial(evaluate, b, keys) for b in eqn.params['branches']]
@@ -259,15 +318,22 @@ def _bind(eqn: Any, operands: Sequence[Any], **params: Any) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-def _moved(eqn: Any, operands: list[Any], paths: Paths) -> list[Random]:
+def _moved(eqn: Any, operands: list[Any], mark: Mark) -> list[Random]:
     """The means move as arrays do; the variances too, scaled by squares, and what is added is 0."""
     name = eqn.primitive.name
-    means = [v.mean if isinstance(v, Random) else v for v in operands]
-    dtype = next(v.variance.dtype for v in operands if isinstance(v, Random))
+    means = _bind(eqn, [v.mean if isinstance(v, Random) else v for v in operands])
+    random = [v for v in operands if isinstance(v, Random)]
+    known = [scale for v in random for scale in v.scales]
+    after = tuple(
+        scale.replace(spread=spread) for scale, spread in zip(known, mark.spreads, strict=True)
+    )
+    if all(v.variance is None for v in random):
+        return [Random(mean, None, mark.paths, after) for mean in means]
+    dtype = next(v.variance.dtype for v in random if v.variance is not None)
     scaled, joined = name in ('mul', 'div'), name in ('pad', 'concatenate')
 
     def variance_of(v: Any) -> Any:
-        if isinstance(v, Random):
+        if isinstance(v, Random) and v.variance is not None:
             return v.variance
         if scaled:
             return lax.square(jnp.asarray(v, dtype))
@@ -278,16 +344,46 @@ def _moved(eqn: Any, operands: list[Any], paths: Paths) -> list[Random]:
         params['new_dtype'] = linear.variance_dtype(eqn.params['new_dtype'])
     of_variances = variances if name == 'neg' else _bind(eqn, variances, **params)
     return [
-        Random(mean, variance, paths)
-        for mean, variance in zip(_bind(eqn, means), of_variances, strict=True)
+        Random(mean, variance, mark.paths, after)
+        for mean, variance in zip(means, of_variances, strict=True)
     ]
 
 
 def _sampled(eqn: Any, operands: list[Any], keys: Keys) -> jax.Array:
     """The result of a linear operation, drawn."""
-    name, at = eqn.primitive.name, 0 if isinstance(operands[0], Random) else 1
-    weight, x = operands[at], operands[1 - at]
+    at = 0 if isinstance(operands[0], Random) else 1
+    weight = operands[at]
     key = keys.of(weight.paths)
+    if weight.scales:
+        return _scaled(eqn, operands, at, key)
+    return _drawn(eqn, operands, at, key)
+
+
+def _scaled(eqn: Any, operands: list[Any], at: int, key: jax.Array) -> jax.Array:
+    """Of a weight with scales, each of which multiplies the input or the result."""
+    weight, x, factors = operands[at], operands[1 - at], []
+    for number, scale in enumerate(weight.scales):
+        place = scales.place(eqn, at, scale.spread)
+        assert place is not None  # uses() has seen to it
+        factor = scale.drawn(place, jax.random.fold_in(key, number))
+        if place.of_input:
+            x = x * factor.astype(x.dtype)
+        else:
+            factors.append(factor)
+    scaled = [weight, x] if at == 0 else [x, weight]
+    if weight.variance is None:
+        scaled[at] = weight.mean
+        (y,) = _as_it_is(eqn, scaled)
+    else:
+        y = _drawn(eqn, scaled, at, key)
+    for factor in factors:
+        y = y * factor.astype(y.dtype)
+    return y
+
+
+def _drawn(eqn: Any, operands: list[Any], at: int, key: jax.Array) -> jax.Array:
+    """By local reparameterisation of a weight that is random itself."""
+    name, weight, x = eqn.primitive.name, operands[at], operands[1 - at]
     if name == 'conv_general_dilated' and at == 1:
         padding = conv.padding_by_patches(eqn.params, weight.mean)
         if padding:

@@ -17,9 +17,10 @@ import numpy as np
 from flax.core import meta
 
 from svd_jax import network, rules
+from svd_jax.convention import LOG_SIGMA2, WEIGHTS
 from svd_jax.network import Path
 from svd_jax.program import Constant, Equation, Program, trace
-from svd_jax.tree import LOG_SIGMA2, WEIGHTS, PerPath
+from svd_jax.tree import PerPath
 
 PyTree = Any
 

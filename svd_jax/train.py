@@ -17,7 +17,7 @@ import optax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from svd_jax import backend, tree
+from svd_jax import backend, convention, tree
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -184,7 +184,7 @@ def _unused_log_sigma2(apply: Callable[..., Any], params: PyTree, *args: Any) ->
     return [
         jax.tree_util.keystr(path, simple=True, separator='/')
         for i, (path, _) in enumerate(leaves)
-        if getattr(path[-1], 'key', None) == tree.LOG_SIGMA2 and i not in read
+        if getattr(path[-1], 'key', None) == convention.LOG_SIGMA2 and i not in read
     ]
 
 
@@ -311,7 +311,7 @@ def make_train_step(
                 lambda new, old: jnp.where(finite, new, old), moved(state, gradients), state
             )
         counts = tree.nonzero(state.params, threshold)
-        total = sum(weight.values.size for weight in tree.weights(state.params))
+        total = sum(weight.values.size for weight in convention.weights(state.params))
         metrics['sparsity'] = 1 - sum(counts.values()) / total
         metrics['finite'] = finite
         return kept, metrics

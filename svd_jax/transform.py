@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import LazyRng
 
-from svd_jax import linear, randomness, tree
+from svd_jax import linear, noise, posterior, randomness, scales, tree
+from svd_jax.convention import Number, Weight, masked
 
 PyTree = Any
 NOISE = 'noise'
@@ -108,7 +109,7 @@ def apply(
 def run(
     function: Callable[[PyTree], Any],
     params: PyTree,
-    key: jax.Array,
+    key: jax.Array | randomness.Keys,
     *,
     sampled: tree.Where = None,
     threshold: tree.PerPath | None = None,
@@ -118,7 +119,7 @@ def run(
     Args:
       function: pure; takes ``params`` without ``log_sigma2``.
       params: a variational tree.
-      key: for the noise.
+      key: for the noise; or what makes the keys of it.
       sampled: as for :func:`apply`.
       threshold: as for :func:`apply`.
 
@@ -135,24 +136,37 @@ def run(
       >>> transform.run(lambda p: jnp.ones((4, 3)) @ p['kernel'], params, jax.random.key(0)).shape
       (4, 2)
     """
-    dense = tree.collapse(params, lambda path, values, _: values)
+    dense = tree.collapse(params, lambda weight: weight.values)
     program, shapes = jax.make_jaxpr(function, return_shape=True)(dense)
-    marks = tree.collapse(params, lambda path, *_: frozenset([path]))
-    paths = [m if isinstance(m, frozenset) else frozenset() for m in _leaves(marks)]
-    used = randomness.uses(program, paths, in_loops=sampled is not None)
-    drawn = _drawn(used, frozenset().union(*paths), sampled)
+    marked = tree.collapse(
+        params, lambda weight: randomness.Mark(frozenset([weight.path]), _spreads(weight))
+    )
+    marks = [m if isinstance(m, randomness.Mark) else randomness.Mark() for m in _leaves(marked)]
+    used = randomness.uses(program, marks, in_loops=sampled is not None)
+    drawn = _drawn(used, randomness.united(marks), sampled)
     limit = None if threshold is None else tree.per_path(threshold, params, 'threshold')
+    keys = key if isinstance(key, randomness.Keys) else randomness.Keys(key)
 
-    def argument(path: str, mean: jax.Array, log_sigma2: jax.Array) -> Any:
+    def argument(weight: Weight) -> Any:
         if limit is not None:
-            mean = tree.masked(mean, log_sigma2, limit(path))
-        if path in drawn:
-            return _draw(path, mean, log_sigma2, key)
-        dtype = linear.variance_dtype(mean.dtype)
-        return randomness.Random(mean, jnp.exp(log_sigma2.astype(dtype)), frozenset([path]))
+            weight = _masked(weight, limit)
+        if weight.path in drawn:
+            return _draw(weight, keys.root)
+        variance = None
+        if weight.log_sigma2 is not None:
+            dtype = linear.variance_dtype(weight.values.dtype)
+            variance = jnp.exp(weight.log_sigma2.astype(dtype))
+        scaled = tuple(
+            scales.Scale(
+                scale.location.reshape(-1), scale.log_sigma2.reshape(-1), scale.family, spread
+            )
+            for scale, spread in zip(weight.scales, _spreads(weight), strict=True)
+            if spread is not None  # or the weight would be drawn
+        )
+        return randomness.Random(weight.values, variance, frozenset([weight.path]), scaled)
 
     arguments = _leaves(tree.collapse(params, argument))
-    results = randomness.evaluate(program, randomness.Keys(key), *arguments)
+    results = randomness.evaluate(program, keys, *arguments)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
@@ -169,8 +183,8 @@ def sample(params: PyTree, key: jax.Array, where: tree.Where = None) -> PyTree:
       where: which weights: as for :func:`svd_jax.variational`.
 
     Returns:
-      The tree with ``kernel + exp(log_sigma2 / 2) * noise`` in the place of each chosen weight, and
-      without its ``log_sigma2``.
+      The tree with ``kernel + exp(log_sigma2 / 2) * noise`` in the place of each chosen weight,
+      times a draw of each of its scales, and without its ``log_sigma2`` and its ``groups``.
 
     Raises:
       ValueError: nothing is variational.
@@ -183,27 +197,49 @@ def sample(params: PyTree, key: jax.Array, where: tree.Where = None) -> PyTree:
       {'kernel': (3, 2)}
     """
 
-    def drawn(path: str, values: jax.Array, log_sigma2: jax.Array) -> jax.Array:
-        return _draw(path, values, log_sigma2, key)
-
-    return tree.collapse(params, drawn, where)
+    return tree.collapse(params, lambda weight: _draw(weight, key), where)
 
 
 def _leaves(arguments: PyTree) -> list[Any]:
-    ours = (frozenset, randomness.Random)
+    ours = (randomness.Mark, randomness.Random)
     return jax.tree.leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, ours))
 
 
-def _draw(path: str, values: jax.Array, log_sigma2: jax.Array, key: jax.Array) -> jax.Array:
-    key = LazyRng.create(key, path).as_jax_rng()
-    return linear.draw(values, jnp.exp(log_sigma2.astype(jnp.float32)), key)
+def _masked(weight: Weight, limit: Callable[[str], Number]) -> Weight:
+    """The weight with the means of what will be dropped at zero."""
+    values = weight.values
+    if weight.log_sigma2 is not None:
+        values = masked(values, weight.log_sigma2, limit(weight.path))
+    return weight._replace(values=values, scales=tuple(
+        # That of a log-normal is never zero.
+        scale._replace(location=scale.masked(limit(scale.path)))
+        if scale.family is posterior.NORMAL else scale
+        for scale in weight.scales
+    ))  # fmt: skip
+
+
+def _draw(weight: Weight, key: jax.Array) -> jax.Array:
+    """One draw of a weight, times one of each of its scales."""
+    values = weight.values
+    for random in weight.randoms:
+        own = LazyRng.create(key, random.path).as_jax_rng()
+        draws = noise.standard_normal(own, random.location.shape)
+        draw = random.family.drawn(random.location, random.log_sigma2, draws)
+        draw = draw.astype(values.dtype)
+        values = draw if random.path == weight.path else values * draw
+    return values
+
+
+def _spreads(weight: Weight) -> tuple[scales.Spread | None, ...]:
+    """How the scales lie in a weight; None for those that differ along several axes."""
+    return tuple(scales.Spread.of(jnp.shape(scale.location)) for scale in weight.scales)
 
 
 def _drawn(
     used: randomness.Uses, random: randomness.Paths, sampled: tree.Where
 ) -> randomness.Paths:
     """Which weights to draw, after checking that the others can be local."""
-    other = used.other.union(*used.results)
+    other = used.other | randomness.united(used.results)
     unused = random - used.linear - other
     if unused:
         raise ValueError(

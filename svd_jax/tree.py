@@ -1,140 +1,39 @@
 """Trees: from a dense tree of parameters to a variational one, and to a sparse one.
 
-One convention carries everything: a weight with a posterior is a leaf ``kernel`` (or
-``embedding``) with a sibling leaf ``log_sigma2`` of the same shape::
-
-    {'Conv_0': {'kernel': (5, 5, 1, 20), 'log_sigma2': (5, 5, 1, 20), 'bias': (20,)}, ...}
-
-So every function here is a pure function from tree to tree that knows no layer class, and passes
-whatever is not a weight through untouched.
+Every function here is a pure function from tree to tree that knows no layer class, only the
+convention (:mod:`svd_jax.convention`), and passes whatever is not a weight through untouched.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core.meta import AxisMetadata
 
-from svd_jax import math
+from svd_jax.convention import (
+    GROUPS,
+    LOG_SIGMA2,
+    WEIGHTS,
+    Number,
+    PyTree,
+    Weight,
+    map_weights,
+    randoms,
+    weight_paths,
+    weights,
+)
 
-PyTree = Any
 Where = Callable[[str], bool] | str | Collection[str] | None
-Number = float | jax.Array
 PerPath = Number | Mapping[str, Number] | Callable[[str], Number]
-
-WEIGHTS = ('kernel', 'embedding')
-LOG_SIGMA2 = 'log_sigma2'
-
-
-class Weight(NamedTuple):
-    """A weight in a tree: its path (``'Conv_0/kernel'``), its values, its posterior if any."""
-
-    path: str
-    values: jax.Array
-    log_sigma2: jax.Array | None
+Axis = str | int | tuple[int, ...]
+Axes = str | int | list[Axis] | tuple[Axis, ...] | None
+Groups = Axes | Mapping[str, Axes] | Callable[[str], Axes]
 
 
-def _children(node: Any) -> list[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        return [(str(name), child) for name, child in node.items()]
-    if isinstance(node, (list, tuple)):
-        return [(str(index), child) for index, child in enumerate(node)]
-    return []
-
-
-def leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-    """What is in nested mappings, lists and tuples, in order, each with its path."""
-    if isinstance(node, (Mapping, list, tuple)):
-        for name, child in _children(node):
-            yield from leaves(child, f'{path}{name}/')
-    else:
-        yield path.removesuffix('/'), node
-
-
-def _rebuild(node: Any, children: dict[str, Any]) -> Any:
-    """A container of the type of ``node``."""
-    if isinstance(node, Mapping):
-        return children if type(node) is dict else type(node)(children)  # type: ignore[call-arg]
-    values = children.values()
-    return type(node)(*values) if hasattr(node, '_fields') else type(node)(values)
-
-
-def _is_weight(name: str, leaf: Any) -> bool:
-    return name in WEIGHTS and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _weight_of(node: Mapping[str, Any], path: str) -> Weight | None:
-    """The weight that a mapping holds itself, after checking the convention."""
-    boxed = [name for name in WEIGHTS if isinstance(node.get(name), AxisMetadata)]
-    if boxed:
-        raise ValueError(
-            f'{path}{boxed[0]} is boxed with metadata: pass flax.linen.meta.unbox(params)'
-        )
-    names = [name for name in node if _is_weight(name, node[name])]
-    log_sigma2 = node.get(LOG_SIGMA2)
-    if len(names) > 1:
-        raise ValueError(
-            f'{path}{names[0]} stands beside {names[1]}: one {LOG_SIGMA2} cannot serve both'
-        )
-    if log_sigma2 is not None:
-        if not names:
-            raise ValueError(
-                f'{path}{LOG_SIGMA2} has no {" or ".join(WEIGHTS)} beside it: put it beside the '
-                'weight whose posterior it is, or remove it'
-            )
-        if jnp.shape(log_sigma2) != jnp.shape(node[names[0]]):
-            raise ValueError(
-                f'{path}{LOG_SIGMA2} has shape {jnp.shape(log_sigma2)} but {path}{names[0]} has '
-                f'{jnp.shape(node[names[0]])}: they must agree'
-            )
-    return Weight(f'{path}{names[0]}', node[names[0]], log_sigma2) if names else None
-
-
-def weights(params: PyTree, path: str = '') -> Iterator[Weight]:
-    """All weights of a tree, variational or not, in the order of the tree.
-
-    Raises:
-      ValueError: the tree breaks the convention; the message names the path.
-    """
-    if isinstance(params, Mapping):
-        weight = _weight_of(params, path)
-        if weight is not None:
-            yield weight
-    for name, child in _children(params):
-        yield from weights(child, f'{path}{name}/')
-
-
-def weight_paths(params: PyTree) -> list[str]:
-    """The paths of all weights, variational or not, in the order of the tree.
-
-    That is the order of the layers in the model for what ``model.init`` returns. What comes out of
-    ``jax.jit`` or an optimiser has its keys sorted, ``Dense_10`` before ``Dense_2``: choose by
-    position before, and keep the paths.
-
-    Args:
-      params: nested mappings, lists and tuples of arrays.
-
-    Returns:
-      Such as ``'Conv_0/kernel'``, for ``where`` of :func:`variational`, and what patterns of
-      :data:`PerPath` are searched for in.
-
-    Raises:
-      ValueError: the tree breaks the convention; the message names the path.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import svd_jax as svd
-      >>> layer = {'kernel': jnp.ones((3, 3)), 'bias': jnp.ones(3)}
-      >>> params = {'Dense_0': layer, 'Dense_1': layer, 'Dense_2': layer}
-      >>> svd.weight_paths(params)
-      ['Dense_0/kernel', 'Dense_1/kernel', 'Dense_2/kernel']
-      >>> all_but_the_last = svd.weight_paths(params)[:-1]
-      >>> [*svd.variational(params, where=all_but_the_last)['Dense_2']]
-      ['kernel', 'bias']
-    """
-    return [weight.path for weight in weights(params)]
+def _paths(params: PyTree) -> list[str]:
+    """The paths of all weights and of all scales."""
+    return [path for w in weights(params) for path in (w.path, *(scale.path for scale in w.scales))]
 
 
 def per_path(value: PerPath, params: PyTree, name: str) -> Callable[[str], Number]:
@@ -144,7 +43,7 @@ def per_path(value: PerPath, params: PyTree, name: str) -> Callable[[str], Numbe
       value: one number for all; or a mapping from regular expressions to numbers, of which the
         first that is found in a weight's path decides, and ``''`` where no other is found; or a
         function of the path.
-      params: the tree whose weights are meant.
+      params: the tree whose weights are meant, and the scales beside them.
       name: what the numbers are, for the errors.
 
     Returns:
@@ -162,11 +61,42 @@ def per_path(value: PerPath, params: PyTree, name: str) -> Callable[[str], Numbe
       >>> of('Conv_0/kernel'), of('Dense_0/kernel')
       (2.0, 3.0)
     """
+    return _numbers(value, _paths(params), name)
+
+
+def _numbers(value: PerPath, paths: list[str], name: str) -> Callable[[str], Number]:
+    """:func:`per_path` for given paths."""
     if not isinstance(value, Mapping):
         return value if callable(value) else lambda path: value
+    decided = _decider(value, paths, name)
+
+    def number(path: str) -> Number:
+        found = decided(path)
+        if found is None:
+            raise ValueError(
+                f"{name}: no pattern is found in {path}: add one, or the key '' for all that are "
+                'left'
+            )
+        return found
+
+    return number
+
+
+def _decider(value: Any, paths: list[str], name: str) -> Callable[[str], Any]:
+    """What the first pattern that is found in a path has for it; None if none is found.
+
+    Args:
+      value: a mapping from patterns; anything else is for all paths.
+      paths: that there are.
+      name: for the errors.
+
+    Raises:
+      ValueError: a pattern decides for no path.
+    """
+    if not isinstance(value, Mapping):
+        return lambda path: value
     # '' last wherever it stands: jax.jit sorts the keys of a dict among its arguments.
     patterns = sorted(value, key=lambda pattern: pattern == '')
-    paths = weight_paths(params)
     deciding = {
         path: next((pattern for pattern in patterns if re.search(pattern, path)), None)
         for path in paths
@@ -180,39 +110,7 @@ def per_path(value: PerPath, params: PyTree, name: str) -> Callable[[str], Numbe
                    'OrderedDict if jax.jit, which sorts the keys of a dict, takes it as an argument'
                    if taken else f'it is found in none of {", ".join(paths)}')
             )  # fmt: skip
-
-    def number(path: str) -> Number:
-        pattern = deciding[path]
-        if pattern is None:
-            raise ValueError(
-                f"{name}: no pattern is found in {path}: add one, or the key '' for all that are "
-                'left'
-            )
-        return value[pattern]
-
-    return number
-
-
-def variational_weights(params: PyTree) -> list[tuple[str, jax.Array, jax.Array]]:
-    """Path, values and log_sigma2 of the weights that have a posterior."""
-    found = [(w.path, w.values, w.log_sigma2) for w in weights(params) if w.log_sigma2 is not None]
-    if not found:
-        raise ValueError(
-            f'no weight has a {LOG_SIGMA2} beside it: make the tree variational first, with '
-            'svd.variational(params) or layers of svd.linen'
-        )
-    return found
-
-
-def _map_weights(
-    function: Callable[[Weight, dict[str, Any]], dict[str, Any]], params: PyTree, path: str = ''
-) -> PyTree:
-    """Replaces the contents of every mapping that holds a weight."""
-    children = {name: _map_weights(function, c, f'{path}{name}/') for name, c in _children(params)}
-    if isinstance(params, Mapping):
-        weight = _weight_of(params, path)
-        return _rebuild(params, function(weight, children) if weight else children)
-    return _rebuild(params, children) if isinstance(params, (list, tuple)) else params
+    return lambda path: None if deciding[path] is None else value[deciding[path]]
 
 
 def selector(where: Where, paths: list[str]) -> Callable[[str], bool]:
@@ -233,24 +131,42 @@ def selector(where: Where, paths: list[str]) -> Callable[[str], bool]:
     return where
 
 
-def variational(params: PyTree, where: Where = None, log_sigma2_init: PerPath = -10.0) -> PyTree:
-    """Gives weights a posterior: adds ``log_sigma2`` beside them.
+def variational(
+    params: PyTree,
+    where: Where = None,
+    log_sigma2_init: PerPath = -10.0,
+    *,
+    groups: Groups = None,
+    log_normal: bool = False,
+) -> PyTree:
+    """Gives weights a posterior: adds ``log_sigma2`` beside them; and scales of groups of them.
+
+    A scale multiplies all weights of a unit and has a posterior of its own: where it is only noise,
+    the whole unit is dropped, and :func:`svd_jax.compact` makes the arrays smaller.
 
     Args:
       params: the parameters of any Flax model: nested mappings, lists and tuples of arrays.
-      where: which weights. A function of the path (``'Conv_0/kernel'``), a regular expression
-        that is searched for in the path, a collection of whole paths (all but the last:
-        ``svd.weight_paths(params)[:-1]``), or None for all.
+      where: which weights get a posterior each. A function of the path (``'Conv_0/kernel'``), a
+        regular expression that is searched for in the path, a collection of whole paths (all but
+        the last: ``svd.weight_paths(params)[:-1]``), or None for all. ``()`` for none, where
+        groups are all that is wanted.
       log_sigma2_init: the logarithm of the variance to start from: a number, or one for every
         path by patterns or a function, see :func:`svd_jax.tree.per_path`.
+      groups: which entries share a scale: those that are equal along an axis. ``'outputs'`` (the
+        last axis), ``'inputs'`` (the last but one) or another axis by its number; or a list of
+        several of these, in which a tuple of numbers stands for a scale to each place along all of
+        those axes. Or one of these for every path that a pattern is found in, or a function of the
+        path; paths of which it says nothing have none.
+      log_normal: whether the scales have the truncated log-normal posterior of Neklyudov et al.
+        (2017), rather than a Gaussian one.
 
     Returns:
       The tree with a leaf ``log_sigma2`` beside every chosen ``kernel`` or ``embedding``, of its
-      shape and type.
+      shape and type, and ``groups`` with a ``scale`` (or ``log_scale``) and its ``log_sigma2``.
 
     Raises:
-      ValueError: a chosen weight is variational already, or none was chosen, or ``where`` or
-        ``log_sigma2_init`` names what is not there.
+      ValueError: a chosen weight is variational already, or none was chosen, or ``where``,
+        ``log_sigma2_init`` or ``groups`` names what is not there.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -258,28 +174,84 @@ def variational(params: PyTree, where: Where = None, log_sigma2_init: PerPath = 
       >>> params = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))['params']
       >>> jax.tree.map(jnp.shape, svd.variational(params))
       {'bias': (2,), 'kernel': (3, 2), 'log_sigma2': (3, 2)}
+      >>> units = svd.variational(params, where=(), groups='outputs')
+      >>> jax.tree.map(jnp.shape, units['groups'])
+      {'outputs': {'log_sigma2': (1, 2), 'scale': (1, 2)}}
     """
     paths = weight_paths(params)
     chosen = selector(where, paths)
-    start = per_path(log_sigma2_init, params, 'log_sigma2_init')
+    scales = _scales_for(groups, params, 'log_scale' if log_normal else 'scale')
+    all_paths = [*_paths(params), *(path for added in scales.values() for path in added)]
+    start = _numbers(log_sigma2_init, all_paths, 'log_sigma2_init')
 
     def add(weight: Weight, node: dict[str, Any]) -> dict[str, Any]:
-        if not chosen(weight.path):
-            return node
-        if weight.log_sigma2 is not None:
-            raise ValueError(
-                f'{weight.path} is variational already: leave it out with where=, or start from '
-                'a tree without its log_sigma2'
-            )
-        return {**node, LOG_SIGMA2: jnp.full_like(weight.values, start(weight.path))}
+        node = dict(node)
+        if chosen(weight.path):
+            if weight.log_sigma2 is not None:
+                raise ValueError(
+                    f'{weight.path} is variational already: leave it out with where=, or start '
+                    'from a tree without its log_sigma2'
+                )
+            node[LOG_SIGMA2] = jnp.full_like(weight.values, start(weight.path))
+        added = {}
+        for path, shape in scales.get(weight.path, {}).items():
+            *_, group, name = path.split('/')
+            if group in node.get(GROUPS, {}):
+                raise ValueError(f'{weight.path} has {group} among its groups already')
+            # A scale of 1 changes nothing.
+            location = jnp.full(shape, float(name == 'scale'), weight.values.dtype)
+            added[group] = {name: location, LOG_SIGMA2: jnp.full_like(location, start(path))}
+        if added:
+            node[GROUPS] = {**node.get(GROUPS, {}), **added}
+        return node
 
-    if not any(map(chosen, paths)):
+    if not any(map(chosen, paths)) and not scales:
         raise ValueError(
             'nothing to make variational: '
             + (f'where={where!r} chose none of {", ".join(paths)}' if paths else
                f'the tree has no leaf named {" or ".join(WEIGHTS)}')
         )  # fmt: skip
-    return _map_weights(add, params)
+    return map_weights(add, params)
+
+
+def _scales_for(groups: Groups, params: PyTree, name: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Paths and shapes of the scales that ``groups`` asks for, by the path of their weight."""
+    if groups is None:
+        return {}
+    of = groups if callable(groups) else _decider(groups, weight_paths(params), 'groups')
+    found = {}
+    for weight in weights(params):
+        wanted = of(weight.path)
+        if wanted is None:
+            continue
+        parent, shape = weight.path.rpartition('/')[0], jnp.shape(weight.values)
+        shapes = {}
+        for axis in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+            group, along = _axes(axis, len(shape), weight.path)
+            path = f'{parent}/{GROUPS}/{group}/{name}'.removeprefix('/')
+            shapes[path] = tuple(n if a in along else 1 for a, n in enumerate(shape))
+        found[weight.path] = shapes
+    return found
+
+
+def _axes(axis: Axis, ndim: int, path: str) -> tuple[str, tuple[int, ...]]:
+    """The name of a group, and the axes along which its scales differ."""
+    known = {'outputs': (-1,), 'inputs': (-2,)}
+    places: tuple[int, ...]
+    match axis:
+        case str():
+            places = known.get(axis, ())
+        case int():
+            places = (axis,)
+        case _:
+            places = axis
+    if not places or not all(isinstance(a, int) and -ndim <= a < ndim for a in places):
+        raise ValueError(
+            f'groups: {axis!r} is no axis of {path}, which has {ndim}: name "outputs", "inputs", '
+            'an axis by its number, or a tuple of numbers'
+        )
+    along = tuple(sorted(place % ndim for place in places))
+    return axis if isinstance(axis, str) else f'axis{"_".join(map(str, along))}', along
 
 
 def kl(params: PyTree, method: str = 'molchanov', weight: PerPath = 1.0) -> jax.Array:
@@ -311,10 +283,7 @@ def kl(params: PyTree, method: str = 'molchanov', weight: PerPath = 1.0) -> jax.
       5.175
     """
     factor = per_path(weight, params, 'weight')
-    terms = (
-        factor(path) * jnp.sum(math.kl(math.log_alpha(values, log_sigma2), method))
-        for path, values, log_sigma2 in variational_weights(params)
-    )
+    terms = (factor(random.path) * jnp.sum(random.kl(method)) for random in randoms(params))
     return sum(terms, jnp.zeros((), jnp.float32))
 
 
@@ -338,12 +307,12 @@ def log_alpha(params: PyTree) -> PyTree:
       {'Dense_0': {'kernel': Array([-10.], dtype=float32)}}
     """
     tree: dict[str, Any] = {}
-    for path, values, log_sigma2 in variational_weights(params):
-        *parents, name = path.split('/')
+    for random in randoms(params):
+        *parents, name = random.path.split('/')
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = math.log_alpha(values, log_sigma2)
+        node[name] = random.log_alpha()
     return tree
 
 
@@ -374,19 +343,15 @@ def sparsify(params: PyTree, threshold: PerPath = 3.0) -> PyTree:
       {'kernel': Array([1. , 0.1], dtype=float32)}
     """
     limit = per_path(threshold, params, 'threshold')
-    return collapse(
-        params, lambda path, values, log_sigma2: masked(values, log_sigma2, limit(path))
-    )
+    return collapse(params, lambda weight: weight.sparse(limit))
 
 
-def collapse(
-    params: PyTree, function: Callable[[str, jax.Array, jax.Array], Any], where: Where = None
-) -> PyTree:
-    """One leaf in the place of a variational weight and its ``log_sigma2``.
+def collapse(params: PyTree, function: Callable[[Weight], Any], where: Where = None) -> PyTree:
+    """One leaf in the place of a variational weight, its ``log_sigma2`` and its scales.
 
     Args:
       params: a variational tree.
-      function: makes the leaf of the weight's path, its values and its ``log_sigma2``.
+      function: makes the leaf of the weight.
       where: of which variational weights; as for :func:`variational`.
 
     Returns:
@@ -395,22 +360,34 @@ def collapse(
     Raises:
       ValueError: nothing is variational.
     """
-    variational_weights(params)
+    randoms(params)
     chosen = selector(where, weight_paths(params))
 
     def collapsed(weight: Weight, node: dict[str, Any]) -> dict[str, Any]:
-        if weight.log_sigma2 is None or not chosen(weight.path):
+        if not weight.randoms or not chosen(weight.path):
             return node
-        name = weight.path.rpartition('/')[2]
-        leaf = function(weight.path, weight.values, weight.log_sigma2)
-        return {k: leaf if k == name else v for k, v in node.items() if k != LOG_SIGMA2}
+        name, leaf = weight.path.rpartition('/')[2], function(weight)
+        return {
+            k: leaf if k == name else v for k, v in node.items() if k not in (LOG_SIGMA2, GROUPS)
+        }
 
-    return _map_weights(collapsed, params)
+    return map_weights(collapsed, params)
 
 
-def masked(kernel: jax.Array, log_sigma2: jax.Array, threshold: Number = 3.0) -> jax.Array:
-    """The weights of one layer, with those of ``log_alpha >= threshold`` at zero."""
-    return jnp.where(math.log_alpha(kernel, log_sigma2) < threshold, kernel, 0)
+def units(params: PyTree, threshold: PerPath = 3.0) -> dict[str, jax.Array]:
+    """Which units ``sparsify`` would leave a weight of, per path of their group, as booleans.
+
+    A group's path is that of its scales without their name: ``'Conv_0/groups/outputs'``.
+    """
+    limit = per_path(threshold, params, 'threshold')
+    found = {}
+    for weight in weights(params):
+        for scale in weight.scales:
+            shape = jnp.shape(scale.location)
+            shared = tuple(axis for axis, size in enumerate(shape) if size == 1)
+            left = jnp.any(weight.sparse(limit) != 0, axis=shared)
+            found[scale.group] = left
+    return found
 
 
 def nonzero(params: PyTree, threshold: PerPath = 3.0) -> dict[str, jax.Array]:
@@ -419,11 +396,4 @@ def nonzero(params: PyTree, threshold: PerPath = 3.0) -> dict[str, jax.Array]:
     Weights without a posterior count too, by being different from zero.
     """
     limit = per_path(threshold, params, 'threshold')
-    return {
-        weight.path: jnp.sum(
-            weight.values != 0
-            if weight.log_sigma2 is None
-            else masked(weight.values, weight.log_sigma2, limit(weight.path)) != 0
-        )
-        for weight in weights(params)
-    }
+    return {weight.path: jnp.sum(weight.sparse(limit) != 0) for weight in weights(params)}

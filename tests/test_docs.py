@@ -33,11 +33,13 @@ def test_examples_in_docstrings(name: str) -> None:
             for name in (
                 'backend',
                 'compaction',
+                'cost',
                 'diagnosis',
                 'export',
                 'file',
                 'inspection',
                 'linen',
+                'log_normal',
                 'math',
                 'noise',
                 'pretrained',
@@ -50,6 +52,7 @@ def test_examples_in_docstrings(name: str) -> None:
             )
         ),
         'experiments.augment',
+        'experiments.budget',
         'experiments.stream',
     ],
 )

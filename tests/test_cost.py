@@ -1,0 +1,78 @@
+"""What units cost, against counts by hand, and the weights and factors made of it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import svd_jax as svd
+from experiments import budget
+from svd_jax import cost
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Conv(3, (2, 2), padding='VALID')(x))
+        return nn.Dense(5)(x.reshape(len(x), -1))
+
+
+@pytest.fixture(scope='module')
+def network() -> tuple[nn.Module, jax.Array, dict]:
+    model, x = Net(), jnp.ones((1, 4, 4, 2))
+    params = model.init(jax.random.key(0), x)['params']
+    groups = {'Conv': 'outputs', 'Dense': 'inputs'}
+    return model, x, svd.variational(params, (), groups=groups)
+
+
+FILTERS, INPUTS = 'Conv_0/groups/outputs', 'Dense_0/groups/inputs'
+
+
+def test_the_cost_of_a_unit_is_the_work_that_it_takes_part_in(network) -> None:
+    model, x, params = network
+    # A filter: 9 positions of 4 pixels of 2 channels, and 9 inputs of 5 neurons.
+    assert svd.unit_costs(model, params, x) == {FILTERS: 9 * 8 + 9 * 5, INPUTS: 5}
+    # In numbers: its kernel and bias, and the rows of the dense layer.
+    assert svd.unit_costs(model, params, x, measure=cost.numbers) == {
+        FILTERS: 8 + 1 + 9 * 5, INPUTS: 5,
+    }  # fmt: skip
+    measured = svd.unit_costs(
+        model, params, x, measure=lambda small: small.params['Dense_0']['kernel'].size
+    )
+    assert measured == {FILTERS: 45, INPUTS: 5}
+
+
+def test_units_that_are_gone_cost_nothing(network) -> None:
+    model, x, params = network
+    group = params['Conv_0']['groups']['outputs']
+    group = {**group, 'log_sigma2': group['log_sigma2'].at[..., 0].set(5.0)}
+    params = {**params, 'Conv_0': {**params['Conv_0'], 'groups': {'outputs': group}}}
+    variables = {'params': params}
+    assert svd.unit_costs(model, variables, x)[FILTERS] == 9 * 8 + 9 * 5
+    none = jax.tree.map(lambda _: jnp.full((1, 1, 1, 3), 5.0), group)
+    params = {**params, 'Conv_0': {**params['Conv_0'], 'groups': {'outputs': none}}}
+    assert svd.unit_costs(model, params, x, threshold=0.5)[FILTERS] == 0
+
+
+def test_weights_are_in_proportion_to_costs_and_have_the_mean_that_is_asked(network) -> None:
+    *_, params = network
+    found = svd.kl_weights({FILTERS: 117.0, INPUTS: 5.0}, params, mean=30.0)
+    assert found[FILTERS] / found[INPUTS] == pytest.approx(117 / 5)
+    sizes = {FILTERS: 3, INPUTS: 27}
+    total = sum(found[group] * size for group, size in sizes.items())
+    assert total / sum(sizes.values()) == pytest.approx(30)
+
+
+def test_without_groups_nothing_has_a_cost(network) -> None:
+    model, x, params = network
+    with pytest.raises(ValueError, match='no weight has groups'):
+        svd.unit_costs(model, svd.variational(svd.sparsify(params)), x)
+
+
+def test_the_budget_pulls_harder_the_further_it_is_off() -> None:
+    factors = [budget.kl_factor(share, 0.1, progress=1.0) for share in (0.5, 0.2, 0.1, 0.05)]
+    assert np.all(np.diff(factors) < 0)
+    assert factors[2] == 1
+    # A network that shrinks steadily on its way is where it should be.
+    assert budget.kl_factor(0.1**0.5, 0.1, progress=0.35) == pytest.approx(1)
