@@ -40,6 +40,8 @@ from svd_jax.inspection import inspect as inspect
 from svd_jax.inspection import verify as verify
 from svd_jax.pretrained import load_pretrained as load_pretrained
 from svd_jax.runtime import compile as compile
+from svd_jax.shrinking import Shrunk as Shrunk
+from svd_jax.shrinking import shrink as shrink
 from svd_jax.symmetry import sort_units as sort_units
 from svd_jax.train import TrainState as TrainState
 from svd_jax.train import classification_loss as classification_loss

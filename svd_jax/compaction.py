@@ -149,11 +149,13 @@ class Compact:
       apply: the pure function that runs it: ``apply(params, x)`` gives what
         ``model.apply(variables, x)`` gave. It can be compiled, differentiated, vmapped, exported.
       report: what was removed.
+      kept: of every array that is left, by its path, which of its entries along each axis.
     """
 
     params: PyTree
     apply: Callable[..., Any]
     report: Report
+    kept: dict[Path, Units]
 
     def __call__(self, *inputs: Any) -> Any:
         """``apply`` with these parameters."""
@@ -450,7 +452,12 @@ class _Analysis:
         report = Report(
             tuple(self._layers()), (before, sum(a.size for a in arrays.values())), tuple(self._left)
         )
-        return Compact(params, jax.jit(runner), report)
+        kept = {
+            self._paths[number]: self._kept(number)
+            for number in self._weights
+            if number in self._needed
+        }
+        return Compact(params, jax.jit(runner), report, kept)
 
     def folded(self) -> PyTree:
         """The tree with zeros in the place of the units that are not kept."""

@@ -1,0 +1,166 @@
+"""Training on a smaller network, once units are dropped: faster as it goes on."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from svd_jax import convention, network, tree
+from svd_jax.compaction import Compact, Report, compact
+from svd_jax.network import Path
+from svd_jax.rules import Units
+from svd_jax.train import TrainState
+
+PyTree = Any
+
+
+class Smaller:
+    """A network on smaller arrays, with the ``apply`` of a Flax model.
+
+    Attributes:
+      compact: what :func:`svd_jax.compact` made of it.
+    """
+
+    def __init__(self, compact: Compact) -> None:
+        self.compact = compact
+
+    def apply(self, variables: Mapping[str, PyTree], *inputs: Any, **_: Any) -> Any:
+        """As a Flax model's; it has no random numbers and no mutable collections."""
+        return self.compact.apply(variables['params'], *inputs)
+
+
+class Shrunk(NamedTuple):
+    """What is left to train.
+
+    Attributes:
+      model: the smaller network, for :func:`svd_jax.apply` and all else that takes a model.
+      state: the smaller state.
+      report: of what was removed.
+    """
+
+    model: Smaller
+    state: TrainState
+    report: Report
+
+
+def shrink(
+    model: Any,
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    *example: Any,
+    threshold: tree.PerPath = 3.0,
+    **options: Any,
+) -> Shrunk:
+    """Removes the units that sparsify would leave no weight, from a training in progress.
+
+    What is left goes on as it would have: parameters, posteriors, the optimiser's moments. Units
+    that are constant go into the next bias, as :func:`svd_jax.compact` has it, so that the outputs
+    of the sparsified network are the same to rounding; the noise of what is removed is gone.
+
+    Args:
+      model: as for :func:`svd_jax.compact`.
+      state: of the training; without mutable collections.
+      tx: the optimiser.
+      example: as for :func:`svd_jax.compact`.
+      threshold: as for :func:`svd_jax.sparsify`.
+      options: as for :func:`svd_jax.compact`.
+
+    Returns:
+      The smaller network, its state, and a report.
+
+    Raises:
+      ValueError: nothing is variational; the state has mutable collections; or no unit is left.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> import svd_jax as svd
+      >>> model, x = nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(2)]), jnp.ones((1, 3))
+      >>> params = model.init(jax.random.key(0), x)['params']
+      >>> params = svd.variational(params, (), groups={'layers_2': 'inputs'})
+      >>> scales = params['layers_2']['groups']['inputs']
+      >>> scales['log_sigma2'] = scales['log_sigma2'].at[:3].set(5.0)  # three units of noise alone
+      >>> tx = optax.adam(1e-3)
+      >>> state = svd.TrainState.create({'params': params}, tx)
+      >>> smaller, state, _ = svd.shrink(model, state, tx, x)
+      >>> state.params['layers_0']['kernel'].shape, state.params['layers_2']['kernel'].shape
+      ((3, 2), (2, 2))
+      >>> y, kl = svd.apply(smaller, state.variables, x, rngs={'noise': jax.random.key(1)})
+    """
+    if state.collections:
+        raise ValueError(
+            f'the state has {", ".join(state.collections)}: a network with mutable collections '
+            'does something else in training than what can be made smaller'
+        )
+    sparse = jax.device_get(tree.sparsify(state.params, threshold))
+    if not any(np.any(weight.values) for weight in convention.weights(sparse)):
+        raise ValueError('no unit is left: the output of the network is constant')
+    small = compact(model, sparse, *example, **options)
+    kept = _kept_everywhere(state.params, small.kept)
+    arrays = traverse_util.flatten_dict(small.params)
+    before = traverse_util.flatten_dict(state.params)
+    for weight in convention.weights(state.params):
+        # Its means and its posteriors, where compact has what is shipped of them.
+        for path in map(_path, _posterior_paths(weight)) if weight.randoms else ():
+            if path in kept:
+                arrays[path] = before[path][np.ix_(*kept[path])]
+    params = traverse_util.unflatten_dict(arrays)
+    opt_state = _cut_like(tx.init(params), state.opt_state, kept)
+    # A copy: steps donate their state, and the given one must survive that.
+    after = jax.tree.map(jnp.array, state.replace(params=params, opt_state=opt_state))
+    return Shrunk(Smaller(small), after, small.report)
+
+
+def _path(joined: str) -> Path:
+    return tuple(joined.split('/'))
+
+
+def _posterior_paths(weight: convention.Weight) -> Iterator[str]:
+    """Of the arrays of a random weight: itself, its scales, and their ``log_sigma2``."""
+    yield weight.path
+    for random in weight.randoms:
+        yield random.path
+        yield f'{random.path.rpartition("/")[0]}/{convention.LOG_SIGMA2}'.removeprefix('/')
+
+
+def _kept_everywhere(params: PyTree, kept: Mapping[Path, Units]) -> dict[Path, Units]:
+    """Which entries are kept of posteriors and scales too: as of their weights."""
+    found = dict(kept)
+    for weight in convention.weights(params):
+        units = kept.get(_path(weight.path))
+        if units is None:
+            continue
+        for random in weight.randoms:
+            own = tuple(
+                whole if size == len(whole) else np.ones(1, bool)
+                for size, whole in zip(random.location.shape, units, strict=True)
+            )
+            found[_path(random.path)] = own
+            found[(*_path(random.path)[:-1], convention.LOG_SIGMA2)] = own
+    return found
+
+
+def _cut_like(new: PyTree, old: PyTree, kept: Mapping[Path, Units]) -> PyTree:
+    """The optimiser's state for the smaller tree: what it knows of the parameters that are left.
+
+    Args:
+      new: its state at the start, for the smaller tree.
+      old: its state, in which arrays of the shapes of parameters stand under their paths.
+      kept: which entries are kept of every parameter.
+    """
+    known = {network.path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(old)}
+
+    def leaf_of(keys: Any, leaf: jax.Array) -> jax.Array:
+        path = network.path_of(keys)
+        if path not in known:  # a constant that had no place before
+            return leaf
+        ends = (path[at:] for at in range(len(path)))
+        units = next((kept[end] for end in ends if end in kept), None)
+        if units is None or known[path].shape != tuple(map(len, units)):
+            return known[path]
+        return known[path][np.ix_(*units)]
+
+    return jax.tree_util.tree_map_with_path(leaf_of, new)
