@@ -69,6 +69,8 @@ class Config:
     budget: Annotated[float | None, tyro.conf.arg(metavar='SHARE')] = None
     """Adjust the KL weight of units along the way, so that this share of the dense network's
     multiply-adds is left; with --unit-cost flops."""
+    shrink: Annotated[float | None, tyro.conf.arg(metavar='FACTOR')] = None
+    """Train on on a smaller network whenever that takes so many times fewer multiply-adds."""
     log_sigma2_init: float = -10.0
     """The initial log variance of the noise on every weight."""
     log_sigma2_rate: float = 1.0
@@ -105,6 +107,12 @@ class Config:
         require(0 <= self.seed <= last < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
         require(self.learning_rate > 0, 'learning_rate', 'must be above 0')
         require(self.group_kl_weight >= 0, 'group_kl_weight', 'must be at least 0')
+        require(self.shrink is None or self.shrink > 1, 'shrink', 'must be above 1')
+        require(
+            self.shrink is None
+            or (self.method == 'svd' and self.seeds == len(self.kl_weight) == 1), 'shrink',
+            'is for --method svd, one network at a time',
+        )  # fmt: skip
         require(self.log_sigma2_rate > 0, 'log_sigma2_rate', 'must be above 0')
         require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')
         begin, end = self.kl_warmup

@@ -142,6 +142,12 @@ SECTIONS = [
         'mnist', picture='Error against number of weights',
     ),
     Section(
+        'lenet500300', 'LeNet-500-300 on MNIST',
+        'A network of 545,000 weights, 784-500-300-10, which others have made smaller by whole '
+        'units.',
+        [], 'mnist',
+    ),
+    Section(
         'compare', 'Beside other methods',
         'What else makes a network sparse, with the same optimiser, batches and epochs. The '
         'pruning methods get the\nsparsity that Sparse VD chose, of the whole network or of each '
@@ -204,16 +210,7 @@ SECTIONS = [
         'ones were trained on\nanother text, Penn Treebank: their bits are no reference for ours, '
         'only what they lost from dense to sparse is\n(Chirkova et al. 2018, '
         '[arXiv:1810.10927](https://arxiv.org/abs/1810.10927)).',
-        [
-            Open(
-                f'{name}, transformer',
-                {'model': 'transformer', 'epochs': 60, 'decay_from': 0.5} | options, needs,
-            )
-            for name, options, needs in (
-                ('dense', {'method': 'dense'}, 'a GPU, or an hour of a CPU core'),
-                ('Sparse VD', {'fine_tune': 3}, 'a GPU, or two hours of a CPU core'),
-            )
-        ],
+        [],
         'tiny_shakespeare',
     ),
 ]  # fmt: skip
@@ -353,6 +350,8 @@ def table(rows: list[Cells], columns: Iterable[str] = ()) -> str:
       rows: of cells, by column.
       columns: in their order; if none are given, as they come in the rows.
     """
+    if not rows:
+        return ''
     columns = list(columns) or dict.fromkeys(itertools.chain.from_iterable(rows))
     shown = [name for name in columns if any(row.get(name) for row in rows)]
     lines = [[name or ' ' for name in shown], ['---', *('---:' for _ in shown[1:])]]
@@ -426,14 +425,30 @@ def files_table(section: Section, runs: list[Run]) -> str:
     return table([*ours, *peers])
 
 
-def units_table(experiment: str) -> str:
-    return table([
+def units_left(group: Group) -> str:
+    """Of every group of units, averaged over seeds, in the order of the layers."""
+    each = group.values('units')
+    return '-'.join(f'{np.mean([units[name][0] for units in each]):.0f}' for name in each[0])
+
+
+def units_table(section: Section, runs: list[Run]) -> str:
+    """Ours, once their arrays are made smaller, and published ones."""
+    ours = [
+        {'': label(group, section.dataset), 'seeds': seeds(group.seeds),
+         ERROR: mean_sd(group.values('test_error'), 2), 'units left': units_left(group),
+         'times fewer FLOPs': mean_sd([
+             run.summary['multiply_adds_dense'] / run.summary['multiply_adds'] for run in group.runs
+         ], 1),
+         'multiply-adds left': f'{np.mean(group.values("multiply_adds")):,.0f}'}
+        for group in grouped(runs) if len(group.values('units')) == len(group.runs)
+    ]  # fmt: skip
+    return table([*ours, *(
         {'': found.method, ERROR: f'{found.error:.2f}', 'units left': found.left,
          'times fewer FLOPs': found.fewer, 'multiply-adds left': found.operations,
          'times faster, CPU': found.cpu, 'times faster, GPU': found.gpu,
          FROM: found.source.markdown()}
-        for found in published.UNITS.get(experiment, [])
-    ])  # fmt: skip
+        for found in published.UNITS.get(section.experiment, [])
+    )])  # fmt: skip
 
 
 def noise_table(section: Section, summaries: list[Summary]) -> str:
@@ -515,11 +530,12 @@ def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[st
     if name in published.UNITS:
         yield '### By whole units'
         yield (
-            "The code of Structured Bayesian Pruning keeps the checkpoint of best test accuracy: "
-            'its errors are optimistic.\nWhat `svd.compact` makes of ours is in '
-            '[inference.md](inference.md) and [performance.md](performance.md#inference).'
+            'What is left: filters of each convolution, then inputs of each dense layer. How ours '
+            'are trained is in\n[units.md](units.md), how fast sparse networks are in '
+            '[inference.md](inference.md). The code of Structured Bayesian\nPruning keeps the '
+            'checkpoint of best test accuracy: its errors are optimistic.'
         )  # fmt: skip
-        yield units_table(name)
+        yield units_table(section, runs)
 
 
 def study(section: Section, summaries: list[Summary]) -> Iterator[str]:
@@ -600,7 +616,7 @@ def page(summaries: list[tuple[Path, Summary]]) -> str:
             )
     parts = [INTRODUCTION.strip()]
     for section in SECTIONS:
-        parts += body(section, _of(section, summaries))
+        parts += filter(None, body(section, _of(section, summaries)))
     return '\n\n'.join(parts) + '\n'
 
 

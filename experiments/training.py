@@ -1,10 +1,9 @@
 """The compiled parts of a run, with the data on the device; one network or several at once."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -48,8 +47,6 @@ class Training:
 
     followed_on: str
     evaluated_on: str
-    # What shares a scale where units have one, by the name of the layer.
-    units: Mapping[str, Any] = MappingProxyType({'Conv': 'outputs', 'Dense': 'inputs'})
     # What there is depends on the kind of data.
     dataset: Any
     model: Any
@@ -110,6 +107,7 @@ class Training:
         seeds = jnp.asarray([own.seed for own in self._configs], jnp.uint32)
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
         self._init_keys, self._noise_keys = keys[:, 0], keys[:, 1]
+        self._smaller: dict[Any, Any] = {}
 
     def _adam(self, schedule: optax.Schedule) -> optax.GradientTransformation:
         # The paper's authors minimise N times this loss, with an eps of 1e-8: this is the same. A
@@ -161,15 +159,34 @@ class Training:
     def _prepare(self, images: jax.Array) -> jax.Array:
         return images.astype(jnp.float32) / 255 - self._mean
 
+    @staticmethod
+    def units(path: str) -> Any:
+        """Which weights share a scale where units have one: as ``groups`` of svd.variational."""
+        return 'outputs' if 'Conv' in path else 'inputs'
+
     def _apply(self, variables: Any, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
         """The network in training, and its KL divergence; with ``mutable``, also its updates."""
         return self.model.apply(variables, inputs, rngs=rngs, **options)
 
-    def _apply_weighted(
-        self, group_weights: Any, variables: Any, inputs: jax.Array, rngs: Any, **options: Any
+    def _apply_smaller(
+        self, smaller: Any, variables: Any, inputs: jax.Array, rngs: Any, **options: Any
     ) -> Any:
+        """The same for a network that :func:`svd_jax.shrink` made; the whole one if None."""
+        if smaller is None:
+            return self._apply(variables, inputs, rngs, **options)
+        if not is_random(variables['params']):
+            return smaller.apply(variables, inputs), jnp.zeros(())
+        return svd.apply(
+            smaller, variables, inputs, rngs=rngs, kl_method=self.config.kl,
+            threshold=self.config.threshold if self.config.mask_in_training else None,
+        )  # fmt: skip
+
+    def _apply_weighted(
+        self, smaller: Any, group_weights: Any, variables: Any, inputs: jax.Array, rngs: Any,
+        **options: Any,
+    ) -> Any:  # fmt: skip
         """With the KL of every group counted so many times."""
-        result = self._apply(variables, inputs, rngs, **options)
+        result = self._apply_smaller(smaller, variables, inputs, rngs, **options)
         if not group_weights:
             return result
 
@@ -244,14 +261,38 @@ class Training:
             return [state]
         return [jax.tree.map(lambda leaf: leaf[i], state) for i in range(len(self.names))]  # noqa: B023
 
-    def _apply_left(self, variables: Any, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
+    def _apply_left(
+        self, smaller: Any, variables: Any, inputs: jax.Array, rngs: Any, **options: Any
+    ) -> Any:
         """The network that is left, in training; what was dropped gets no gradient."""
         left = self._left(variables, self.config.thresholds)
-        return self._apply(left, inputs, rngs, **options)
+        return self._apply_smaller(smaller, left, inputs, rngs, **options)
 
-    @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+    def _shrink(
+        self, state: svd.TrainState, fine_tune: bool
+    ) -> tuple[svd.Shrunk | None, svd.TrainState]:
+        """The smaller network to train an epoch on, if it is to be one; and its state.
+
+        A function of the state alone: what was removed before is zero in it.
+        """
+        if self.config.shrink is None:
+            return None, state
+        tx = self._fine_tx if fine_tune else self.tx
+
+        def shrunk(state: svd.TrainState, threshold: Any) -> svd.Shrunk:
+            return svd.shrink(self._shipped, state, tx, self._example(), threshold=threshold)
+
+        now, could = shrunk(state, float('inf')), shrunk(state, self.config.thresholds)
+        if could.report.multiply_adds[1] * self.config.shrink <= now.report.multiply_adds[1]:
+            now = shrunk(could.expand(could.state), float('inf'))
+        # The same network as in the epoch before need not be compiled again.
+        key = tuple((path, *(u.tobytes() for u in units)) for path, units in now.kept.items())
+        model = self._smaller.setdefault(key, now.model)
+        return now._replace(model=model), now.state
+
+    @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
     def _chunk(
-        self, fine_tune: bool, state: svd.TrainState, resident: Any, *each: Any
+        self, fine_tune: bool, smaller: Any, state: svd.TrainState, resident: Any, *each: Any
     ) -> tuple[svd.TrainState, dict[str, jax.Array]]:
         """Some steps; ``each`` network has its own batches, keys and KL weights."""
 
@@ -263,7 +304,9 @@ class Training:
             group_weights: dict[str, jax.Array],
         ) -> Any:
             take_step = svd.make_train_step(
-                self._apply_left if fine_tune else partial(self._apply_weighted, group_weights),
+                partial(self._apply_left, smaller)
+                if fine_tune
+                else partial(self._apply_weighted, smaller, group_weights),
                 svd.classification_loss,
                 self._fine_tx if fine_tune else self.tx,
                 num_data=self._num_data,
@@ -330,10 +373,12 @@ class Training:
         if epoch == self.config.epochs + 1:
             state = state.replace(opt_state=self._fresh(state.params))
         started, chunks = time.perf_counter(), []
+        shrunk, state = self._shrink(state, fine_tune)
         for first, batches in zip(range(0, self.steps, _CHUNK), self._feed(orders), strict=True):
             part = slice(first, first + _CHUNK)
             state, metrics = self._chunk(
                 fine_tune,
+                shrunk.model if shrunk else None,
                 state,
                 self._resident,
                 batches,
@@ -343,6 +388,8 @@ class Training:
             )
             chunks.append(jax.device_get(metrics))
             advance(min(first + _CHUNK, self.steps))
+        if shrunk:
+            state = shrunk.expand(state)
         seconds = time.perf_counter() - started
         metrics = {
             name: np.concatenate(

@@ -40,11 +40,43 @@ class Shrunk(NamedTuple):
       model: the smaller network, for :func:`svd_jax.apply` and all else that takes a model.
       state: the smaller state.
       report: of what was removed.
+      kept: of every array of parameters that is left, by its path, which entries along each axis.
+      whole: shapes and types of the state before.
     """
 
     model: Smaller
     state: TrainState
     report: Report
+    kept: dict[Path, Units]
+    whole: TrainState
+
+    def expand(self, state: TrainState) -> TrainState:
+        """The state of the whole network that a smaller one stands for.
+
+        What was removed is zero, and so dropped at any threshold: :func:`shrink` removes it again.
+
+        Args:
+          state: of the smaller network, such as that after some steps.
+
+        Raises:
+          ValueError: constants of removed units had no bias to go into.
+        """
+        places = {path for path, _ in _leaves(self.whole)}
+        homeless = sorted('/'.join(path) for path, _ in _leaves(state) if path not in places)
+        if homeless:
+            raise ValueError(f'the whole network has no place for {", ".join(homeless)}')
+        known = dict(_leaves(state))
+
+        def leaf_of(keys: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+            path = network.path_of(keys)
+            leaf, units = known.get(path), _units_of(path, like.shape, self.kept)
+            if leaf is None:
+                return jnp.zeros(like.shape, like.dtype)
+            if units is None:
+                return leaf
+            return jnp.zeros(like.shape, like.dtype).at[np.ix_(*units)].set(leaf)
+
+        return jax.tree_util.tree_map_with_path(leaf_of, self.whole)
 
 
 def shrink(
@@ -111,7 +143,8 @@ def shrink(
     opt_state = _cut_like(tx.init(params), state.opt_state, kept)
     # A copy: steps donate their state, and the given one must survive that.
     after = jax.tree.map(jnp.array, state.replace(params=params, opt_state=opt_state))
-    return Shrunk(Smaller(small), after, small.report)
+    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    return Shrunk(Smaller(small), after, small.report, kept, whole)
 
 
 def _path(joined: str) -> Path:
@@ -143,24 +176,39 @@ def _kept_everywhere(params: PyTree, kept: Mapping[Path, Units]) -> dict[Path, U
     return found
 
 
+def _leaves(state: PyTree) -> list[tuple[Path, Any]]:
+    found = jax.tree_util.tree_leaves_with_path(state)
+    return [(network.path_of(keys), leaf) for keys, leaf in found]
+
+
+def _units_of(path: Path, shape: tuple[int, ...], kept: Mapping[Path, Units]) -> Units | None:
+    """Which entries are kept of an array of a state; None if it is no parameter's nor like one.
+
+    Args:
+      path: of the array, which ends with that of its parameter, as those of moments do.
+      shape: of the array before any entry is removed.
+      kept: of every parameter.
+    """
+    ends = (path[at:] for at in range(len(path)))
+    units = next((kept[end] for end in ends if end in kept), None)
+    return units if units is not None and shape == tuple(map(len, units)) else None
+
+
 def _cut_like(new: PyTree, old: PyTree, kept: Mapping[Path, Units]) -> PyTree:
     """The optimiser's state for the smaller tree: what it knows of the parameters that are left.
 
     Args:
       new: its state at the start, for the smaller tree.
-      old: its state, in which arrays of the shapes of parameters stand under their paths.
+      old: its state for the whole one.
       kept: which entries are kept of every parameter.
     """
-    known = {network.path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(old)}
+    known = dict(_leaves(old))
 
     def leaf_of(keys: Any, leaf: jax.Array) -> jax.Array:
         path = network.path_of(keys)
         if path not in known:  # a constant that had no place before
             return leaf
-        ends = (path[at:] for at in range(len(path)))
-        units = next((kept[end] for end in ends if end in kept), None)
-        if units is None or known[path].shape != tuple(map(len, units)):
-            return known[path]
-        return known[path][np.ix_(*units)]
+        units = _units_of(path, known[path].shape, kept)
+        return known[path] if units is None else known[path][np.ix_(*units)]
 
     return jax.tree_util.tree_map_with_path(leaf_of, new)

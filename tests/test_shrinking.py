@@ -97,6 +97,21 @@ def test_the_optimiser_knows_what_it_knew(started: Any) -> None:
     assert small.opt_state[0].count == state.opt_state[0].count
 
 
+def test_expanding_gives_the_whole_state_with_zeros_that_shrink_again(started: Any) -> None:
+    model, tx, state, (x, _) = started
+    shrunk = svd.shrink(model, state, tx, x, threshold=THRESHOLD)
+    whole = shrunk.expand(shrunk.state)
+    assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, state)
+    np.testing.assert_allclose(
+        model.apply({'params': svd.sparsify(whole.params, THRESHOLD)}, x),
+        model.apply({'params': svd.sparsify(state.params, THRESHOLD)}, x),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    for threshold in (THRESHOLD, float('inf')):  # what was removed is dropped at any
+        again = svd.shrink(model, whole, tx, x, threshold=threshold)
+        jax.tree.map(np.testing.assert_array_equal, again.state, shrunk.state)
+
+
 def test_it_can_shrink_again_and_be_shipped(started: Any, tmp_path: Any) -> None:
     model, tx, state, (x, _) = started
     smaller, small, _ = svd.shrink(model, state, tx, x, threshold=THRESHOLD)
