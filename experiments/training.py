@@ -175,7 +175,7 @@ class Training:
         if smaller is None:
             return self._apply(variables, inputs, rngs, **options)
         if not is_random(variables['params']):
-            return smaller.apply(variables, inputs), jnp.zeros(())
+            return smaller(variables['params'], inputs), jnp.zeros(())
         return svd.apply(
             smaller, variables, inputs, rngs=rngs, kl_method=self.config.kl,
             threshold=self.config.threshold if self.config.mask_in_training else None,

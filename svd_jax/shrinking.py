@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from svd_jax import convention, network, tree
+from svd_jax import convention, network, transform, tree
 from svd_jax.compaction import Compact, Report, compact
 from svd_jax.network import Path
 from svd_jax.rules import Units
@@ -31,6 +31,10 @@ class Smaller:
     def apply(self, variables: Mapping[str, PyTree], *inputs: Any, **_: Any) -> Any:
         """As a Flax model's; it has no random numbers and no mutable collections."""
         return self.compact.apply(variables['params'], *inputs)
+
+    def __call__(self, params: PyTree, *inputs: Any) -> Any:
+        """The same with dense parameters, by the fastest way for this backend, in training too."""
+        return transform.evaluate(self.compact.apply, params, *inputs)
 
 
 class Shrunk(NamedTuple):

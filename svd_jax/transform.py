@@ -170,6 +170,19 @@ def run(
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
+def evaluate(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns, its convolutions by the fastest way for this backend.
+
+    Args:
+      function: pure, of arrays.
+      *arguments: trees of arrays.
+    """
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    keys = randomness.Keys(jax.random.key(0))  # nothing is random
+    results = randomness.evaluate(program, keys, *jax.tree.leaves(arguments))
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
 def sample(params: PyTree, key: jax.Array, where: tree.Where = None) -> PyTree:
     """One draw of the weights themselves, for all examples and all uses.
 

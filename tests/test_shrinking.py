@@ -68,6 +68,7 @@ def test_training_goes_on_as_it_would_have(started: Any, monkeypatch: pytest.Mon
     x, _ = batch
     shipped = svd.sparsify(state.params, THRESHOLD)
     left = svd.sparsify(small.params, THRESHOLD)
+    np.testing.assert_allclose(smaller(left, x), smaller.apply({'params': left}, x), rtol=1e-5)
     np.testing.assert_allclose(
         smaller.apply({'params': left}, x), model.apply({'params': shipped}, x),
         rtol=1e-4, atol=1e-5,
