@@ -36,7 +36,7 @@ from svd_jax import runtime
 Tree = dict[str, dict[str, np.ndarray]]
 Call = Callable[[], Any]
 
-_PACKAGES = ('numba', 'scipy', 'torch', 'onnxruntime', 'onnx')
+_PACKAGES = ('numba', 'scipy', 'torch', 'onnxruntime', 'onnx', 'jax2onnx')
 
 
 class Network(NamedTuple):
@@ -119,6 +119,16 @@ def _compact_sparse(name: str, params: Tree, x: np.ndarray) -> tuple[Call, int |
     waits = any(layer.kernel == runtime.DENSE for layer in compiled.report.layers)
     run = (lambda: jax.block_until_ready(compiled(x))) if waits else (lambda: compiled(x))
     return run, compiled.report.multiply_adds[1]
+
+
+def _compact_onnxruntime(name: str, params: Tree, x: np.ndarray) -> tuple[Call, int | None]:
+    import onnxruntime
+
+    small = _compact(name, params, x)
+    data = svd.export_onnx(lambda x: small(x)[0], x)  # not the KL divergence, which is 0
+    session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
+    inputs = {session.get_inputs()[0].name: x}
+    return lambda: session.run(None, inputs), small.report.multiply_adds[1] // len(x)
 
 
 def _scipy(name: str, params: Tree, x: np.ndarray) -> tuple[Call, int | None]:
@@ -238,6 +248,7 @@ WAYS: dict[str, Callable[[str, Tree, np.ndarray], tuple[Call, int | None]]] = {
     'torch, dense': _torch,
     'scipy CSR': _scipy,
     'compact, by XLA': _compact_xla,
+    'compact, onnxruntime': _compact_onnxruntime,
     SPARSE: _compact_sparse,
 }
 

@@ -277,6 +277,8 @@ class Training:
         """
         if self.config.shrink is None:
             return None, state
+        if not svd.sparsity(state.params, self.config.thresholds).nonzero:
+            return None, state  # nothing to train on; the whole network may come back
         tx = self._fine_tx if fine_tune else self.tx
 
         def shrunk(state: svd.TrainState, threshold: Any) -> svd.Shrunk:

@@ -121,7 +121,7 @@ def shrink(
       >>> scales['log_sigma2'] = scales['log_sigma2'].at[:3].set(5.0)  # three units of noise alone
       >>> tx = optax.adam(1e-3)
       >>> state = svd.TrainState.create({'params': params}, tx)
-      >>> smaller, state, _ = svd.shrink(model, state, tx, x)
+      >>> smaller, state, *_ = svd.shrink(model, state, tx, x)
       >>> state.params['layers_0']['kernel'].shape, state.params['layers_2']['kernel'].shape
       ((3, 2), (2, 2))
       >>> y, kl = svd.apply(smaller, state.variables, x, rngs={'noise': jax.random.key(1)})

@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom, and is committed with its outputs."""
 
 import argparse
+import re
 from pathlib import Path
 
 import nbclient
@@ -27,6 +28,10 @@ def test_runs(path, monkeypatch, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     for cell in _code_cells(notebook):
         cell.outputs = []
+        # Long enough to have been run: what comes of a whole training is in the committed outputs.
+        cell.source = re.sub(
+            r'^(EPOCHS\b[^=\n]* = )\d+', r'\g<1>2', cell.source, flags=re.MULTILINE
+        )
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': path.parent}}
     )
