@@ -9,7 +9,7 @@ from pages import ROOT, code_blocks, dead_links
 DOCS = ROOT / 'docs'
 
 
-@pytest.mark.parametrize('page', ['any_model.md'])
+@pytest.mark.parametrize('page', ['any_model.md', 'units.md'])
 def test_the_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = code_blocks(DOCS / page)
