@@ -222,7 +222,7 @@ def fold(
       mean of zero. Only parameters change, no other collection.
 
     Raises:
-      ValueError: a pattern of ``threshold`` or a path is not matched.
+      ValueError: a pattern of ``threshold`` or a path is not matched; or weights have groups.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -98,7 +98,8 @@ class Weight(NamedTuple):
             return jnp.exp(self.log_sigma2.astype(jnp.float32) / 2)
         mean, growth = self.values.astype(jnp.float32), jnp.zeros(())
         for random in self.randoms:
-            growth += jnp.log1p(jnp.exp(random.log_alpha()))
+            # That of a mean of zero, which the product below makes zero, must not be infinite.
+            growth += jnp.log1p(jnp.exp(jnp.minimum(random.log_alpha(), 60.0)))
         for scale in self.scales:
             mean *= scale.mean()
         return jnp.abs(mean) * jnp.sqrt(jnp.expm1(growth))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from svd_jax import backend
-from svd_jax.convention import LOG_SIGMA2
+from svd_jax.convention import GROUPS, LOG_SIGMA2
 from svd_jax.tree import PerPath, sparsify
 
 PyTree = Any
@@ -51,10 +51,14 @@ def dense(variables: PyTree, threshold: PerPath) -> PyTree:
     """The tree without posteriors, those of its weights that are dropped at zero.
 
     Raises:
-      ValueError: a pattern of ``threshold`` or a path is not matched.
+      ValueError: a pattern of ``threshold`` or a path is not matched; or weights have scales, whose
+        means would be in the weights and beside them.
     """
     if posterior(variables) is None:
         return variables
+    grouped = next((path for path in paths(variables) if GROUPS in path), None)
+    if grouped is not None:
+        raise ValueError(f'{"/".join(grouped)} is of a scale: pass what svd_jax.sparsify returns')
     if with_collections(variables):
         return {**variables, 'params': sparsify(variables['params'], threshold)}
     return sparsify(variables, threshold)

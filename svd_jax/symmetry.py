@@ -319,7 +319,7 @@ def sort_units(
       reads that is not known here.
 
     Raises:
-      ValueError: a pattern of ``threshold`` or a path is not matched.
+      ValueError: a pattern of ``threshold`` or a path is not matched; or weights have groups.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -256,6 +256,9 @@ def test_dropped_units_leave_smaller_arrays_and_a_file_is_read_back(tmp_path) ->
     small = svd.compact(model, sparse, x)
     assert small.params['layers_0']['kernel'].shape == (3, 3, 1, 2)
     np.testing.assert_allclose(small(x), model.apply({'params': sparse}, x), rtol=1e-4, atol=1e-5)
+    for put_in_order in (svd.fold, svd.sort_units):
+        with pytest.raises(ValueError, match='is of a scale: pass what'):
+            put_in_order(model, params, x)
     svd.save(tmp_path / 'units.svd', params, tolerance=0.1)
     loaded = svd.load(tmp_path / 'units.svd')
     (weight,) = (w for w in convention.weights(params) if w.path == 'layers_0/kernel')
