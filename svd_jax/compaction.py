@@ -457,7 +457,8 @@ class _Analysis:
             for number in self._weights
             if number in self._needed
         }
-        return Compact(params, jax.jit(runner), report, kept)
+        # Inline: whoever traces a network that runs it is to see its operations.
+        return Compact(params, jax.jit(runner, inline=True), report, kept)
 
     def folded(self) -> PyTree:
         """The tree with zeros in the place of the units that are not kept."""

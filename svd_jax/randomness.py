@@ -300,9 +300,6 @@ def _results(eqn: Any, operands: list[Any], keys: Keys) -> list[Any]:
 def _as_it_is(eqn: Any, operands: list[Any]) -> list[Any]:
     """An operation of which nothing is random."""
     name = eqn.primitive.name
-    called = _called(eqn)
-    if called is not None and name not in _CHECKPOINTS:  # it may hold one of the following
-        return evaluate(called, Keys(jax.random.key(0)), *operands)
     if name == 'reduce_window_max' and conv.pools_2x2(eqn.params, operands[0]):
         return [conv.max_pool_2x2(operands[0])]
     if name == 'conv_general_dilated':
