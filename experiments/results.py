@@ -625,10 +625,14 @@ def _of(section: Section, summaries: list[tuple[Path, Summary]]) -> list[tuple[P
 
 
 def drawn(runs: list[Run]) -> list[Group]:
-    """What a picture shows: networks that have a weight left, and errors on test sets."""
+    """What a picture shows: errors on test sets of networks that have a weight left.
+
+    Whole units are not dropped for the sake of the number of weights.
+    """
     return [
         group for group in grouped(runs)
         if not group.first.earlier and not group.first.config.validation
+        and group.first.config.groups != 'units'
         and None not in group.values('compression')
     ]  # fmt: skip
 
