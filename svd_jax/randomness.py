@@ -157,12 +157,13 @@ def _keeps_independence(eqn: Any, operands: Sequence[Paths]) -> bool:
 
 def _is_linear(eqn: Any, marks: Sequence[Mark]) -> bool:
     """Whether the results are sums of random entries, each times something that is not random."""
-    name, first, second = eqn.primitive.name, *(bool(mark.paths) for mark in marks[:2])
-    if name == 'gather':  # a lookup
-        is_linear = first and not second
-    else:
-        is_linear = name in ('dot_general', 'conv_general_dilated') and not (first and second)
-    return is_linear and all(
+    name = eqn.primitive.name
+    if name not in ('gather', 'dot_general', 'conv_general_dilated'):
+        return False
+    first, second = (bool(mark.paths) for mark in marks[:2])
+    if second and (first or name == 'gather'):  # which looks up by numbers
+        return False
+    return all(
         scales.place(eqn, at, spread) is not None
         for at, mark in enumerate(marks)
         for spread in mark.spreads
