@@ -160,13 +160,14 @@ class Group(NamedTuple):
         return sum(set(self.values('train_seconds')))
 
     def commands(self) -> list[str]:
-        """What makes these runs, one for each run of consecutive seeds."""
+        """What makes these runs, one for each run of consecutive seeds, if they can be together."""
         if self.first.earlier:
             return []
         config = self.first.config
+        alone = [(seed, 1) for seed in self.seeds]
         together = [
             dataclasses.replace(config, seed=seed, seeds=count)
-            for seed, count in stretches(self.seeds)
+            for seed, count in (stretches(self.seeds) if config.shrink is None else alone)
         ]
         return [
             # Also the data set that is the default: its folder has to be named.
