@@ -155,7 +155,7 @@ class Compact:
     params: PyTree
     apply: Callable[..., Any]
     report: Report
-    kept: dict[Path, Units]
+    kept: dict[Path, Units] = dataclasses.field(default_factory=dict)
 
     def __call__(self, *inputs: Any) -> Any:
         """``apply`` with these parameters."""

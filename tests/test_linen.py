@@ -434,6 +434,7 @@ def test_layers_keep_flaxs_fields_and_names() -> None:
         fields, wanted = (getattr(module, name).__dataclass_fields__ for module in (svd.linen, nn))
         fields = {name for name in fields if not name.startswith('_')}
         own = {'log_sigma2_init', 'threshold', 'mask_in_training', 'kl_method'}
+        own |= {'weights', 'groups', 'log_normal'}
         assert fields - set(wanted) == own
 
     class Model(nn.Module):  # the automatic names are Flax's too, so that checkpoints fit
