@@ -139,7 +139,7 @@ def test_numbers_are_means_and_standard_deviations_over_seeds():
 
 
 def test_groups_differ_in_nothing_but_the_seed():
-    found = groups('lenet300') + groups('lenet5')
+    found = groups('lenet300') + groups('lenet5') + groups('lenet500300')
     paths = sorted(run.path for group in found for run in group.runs)
     assert paths == sorted(RESULTS.glob('lenet*.json'))
     for group in found:
