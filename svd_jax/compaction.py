@@ -443,7 +443,7 @@ class _Analysis:
         runner = _Runner(
             self._function,
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._tree),
-            {number: self._paths[number] for number in self._weights if number in self._needed},
+            {number: self._paths[number] for number in self._read()},
             self._program,
             tuple(steps),
             tuple(outputs),
@@ -452,11 +452,7 @@ class _Analysis:
         report = Report(
             tuple(self._layers()), (before, sum(a.size for a in arrays.values())), tuple(self._left)
         )
-        kept = {
-            self._paths[number]: self._kept(number)
-            for number in self._weights
-            if number in self._needed
-        }
+        kept = {self._paths[number]: self._kept(number) for number in self._read()}
         # Inline: whoever traces a network that runs it is to see its operations.
         return Compact(params, jax.jit(runner, inline=True), report, kept)
 
@@ -481,9 +477,12 @@ class _Analysis:
         """The units that are kept of every array of which some are read."""
         return {
             self._paths[number]: self._values[number][np.ix_(*self._kept(number))]
-            for number in self._weights
-            if number in self._needed
+            for number in self._read()
         }
+
+    def _read(self) -> list[int]:
+        """The weights of which some entries are read."""
+        return [number for number in self._weights if number in self._needed]
 
     def _fit(self, operand: Operand, reads: Units) -> _Fit | None:
         if isinstance(operand, Constant):

@@ -197,12 +197,12 @@ def uses(program: Any, arguments: Sequence[Mark], in_loops: bool) -> Uses:
     jaxpr = closed_jaxpr(program).jaxpr
     known: dict[Any, Mark] = dict(zip(jaxpr.invars, arguments, strict=True))
 
-    def mark_of(atom: Any) -> Mark:
+    def known_of(atom: Any) -> Mark:
         return Mark() if isinstance(atom, core.Literal) else known.get(atom, Mark())
 
     linear, other = _NONE, _NONE
     for eqn in jaxpr.eqns:
-        marks = [mark_of(atom) for atom in eqn.invars]
+        marks = [known_of(atom) for atom in eqn.invars]
         paths = united(marks)
         if not paths:
             continue
@@ -214,7 +214,7 @@ def uses(program: Any, arguments: Sequence[Mark], in_loops: bool) -> Uses:
             found = _uses_within(eqn, marks, in_loops)
             linear, other = linear | found.linear, other | found.other
             known.update(zip(eqn.outvars, found.results, strict=True))
-    return Uses(linear, other, [mark_of(atom) for atom in jaxpr.outvars])
+    return Uses(linear, other, [known_of(atom) for atom in jaxpr.outvars])
 
 
 def united(marks: Sequence[Mark]) -> Paths:
