@@ -8,7 +8,7 @@ import dataclasses
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -41,7 +41,12 @@ class Config(config.Config):
     """Blocks of the Transformer."""
     batch_size: int = 32
     """Training sequences per step."""
-    # What is for images only.
+    gates: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """With --groups: the gates of the LSTM cell have scales as well (Chirkova et al. 2018)."""
+    # What is for images only, or for networks that can be made smaller.
+    unit_cost: tyro.conf.Suppress[Literal['none', 'flops']] = 'none'
+    budget: tyro.conf.Suppress[float | None] = None
+    shrink: tyro.conf.Suppress[float | None] = None
     validation: tyro.conf.Suppress[int] = 0
     shift: tyro.conf.Suppress[int] = 0
     flip: tyro.conf.Suppress[bool] = False
@@ -57,6 +62,8 @@ class Config(config.Config):
             heads = language_models.Transformer.heads
             fits = self.model == 'lstm' or self.width % heads == 0
             config.require(fits, 'width', f'must be a multiple of {heads} for the Transformer')
+        has_gates = self.model == 'lstm' and self.groups != 'none'
+        config.require(has_gates or not self.gates, 'gates', 'is for --model lstm with --groups')
 
     def folder(self, experiment: str) -> Path:
         return super().folder(f'{experiment}-{self.model}')
@@ -83,7 +90,7 @@ class TextTraining(Training):
     def __init__(self, options: Config, corpus: text.Corpus) -> None:
         self.dataset = corpus
         self.model = make_model(options, len(corpus.alphabet))
-        self._length, self._name = options.length, options.model
+        self._length, self._name, self._gates = options.length, options.model, options.gates
         windows = text.windows_in(len(corpus.train), options.length)
         # The likelihood of the text is a sum over its characters, the loss a mean over them: the
         # KL is divided by their number, not by that of the sequences.
@@ -106,6 +113,18 @@ class TextTraining(Training):
 
     def _dense_variables(self, key: jax.Array) -> Any:
         return self.model.init(key, jnp.zeros((1, self._length), jnp.int32))
+
+    def units(self, path: str) -> Any:
+        return language_models.units(path, self._gates)
+
+    def _groups(self, state: svd.TrainState) -> dict[str, Any]:
+        if self.config.groups == 'none':
+            return {}
+        found: dict[str, Any] = {'groups': self.config.groups}
+        if self._name == 'lstm':
+            left = self._left(state.variables, self.config.thresholds)
+            found['neurons'] = language_models.neurons(left['params'])
+        return found
 
     def _apply(self, variables: Any, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
         if not is_random(variables['params']):

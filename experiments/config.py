@@ -107,6 +107,16 @@ class Config:
         require(0 <= self.seed <= last < 2**32, 'seed', 'must lie between 0 and 2**32 - 1')
         require(self.learning_rate > 0, 'learning_rate', 'must be above 0')
         require(self.group_kl_weight >= 0, 'group_kl_weight', 'must be at least 0')
+        require(
+            self.budget is None or 0 < self.budget <= 1,
+            'budget',
+            'must be a share, above 0 up to 1',
+        )
+        for name, value in (('budget', None), ('unit_cost', 'none')):
+            require(
+                self.groups != 'none' or getattr(self, name) == value, name,
+                'is for --groups units or weights+units',
+            )  # fmt: skip
         require(self.shrink is None or self.shrink > 1, 'shrink', 'must be above 1')
         require(
             self.shrink is None

@@ -1,4 +1,4 @@
-"""Character language models in plain Flax: nothing here knows of Sparse Variational Dropout.
+"""Character language models in plain Flax: no layer here knows of Sparse Variational Dropout.
 
 Each takes tokens, integers (batch, time), and returns logits (batch, time, characters): at each
 position those of the character after it, from the characters up to it.
@@ -9,6 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+import svd_jax as svd
+
+# The layers of Flax's LSTM cell: of its input, and of its state, for each of four gates.
+_GATES = 'ifgo'
+_OF_INPUT, _OF_STATE = (tuple(f'{of}{gate}' for gate in _GATES) for of in 'ih')
 
 
 class LSTM(nn.Module):
@@ -71,3 +78,32 @@ class Transformer(nn.Module):
             x += nn.Dense(self.width, dtype=self.dtype)(y)
         x = nn.LayerNorm(dtype=self.dtype)(x)
         return nn.Dense(self.characters, dtype=self.dtype)(x)
+
+
+def units(path: str, gates: bool) -> Any:
+    """Which entries of a weight share a scale: as ``groups`` of :func:`svd_jax.variational`.
+
+    Of an LSTM cell that is a scale for each number that it reads, and one for each neuron; with
+    ``gates``, one for each gate of each neuron too (Chirkova, Lobacheva & Vetrov 2018). Of a
+    Transformer, one for each head of attention.
+
+    Args:
+      path: of the weight.
+      gates: whether gates have scales.
+    """
+    layer = path.split('/')[-2]
+    if layer == 'out':
+        return 0
+    for layers in (_OF_INPUT, _OF_STATE):
+        if layer in layers:
+            gate = svd.Shared('outputs', (f'h{layer[1]}', f'i{layer[1]}'))
+            return [svd.Shared('inputs', layers), *([gate] if gates else [])]
+    return 'inputs' if layer.startswith('Dense') else None
+
+
+def neurons(params: Any) -> list[int]:
+    """How many neurons of an :class:`LSTM` anything reads, and how many there are."""
+    cell = params['OptimizedLSTMCell_0']
+    readers = [*(cell[layer]['kernel'] for layer in _OF_STATE), params['Dense_0']['kernel']]
+    read = np.any([np.any(np.asarray(kernel) != 0, axis=1) for kernel in readers], axis=0)
+    return [int(read.sum()), read.size]

@@ -159,8 +159,7 @@ class Training:
     def _prepare(self, images: jax.Array) -> jax.Array:
         return images.astype(jnp.float32) / 255 - self._mean
 
-    @staticmethod
-    def units(path: str) -> Any:
+    def units(self, path: str) -> Any:
         """Which weights share a scale where units have one: as ``groups`` of svd.variational."""
         return 'outputs' if 'Conv' in path else 'inputs'
 

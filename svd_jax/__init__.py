@@ -51,6 +51,7 @@ from svd_jax.train import kl_warmup_for as kl_warmup_for
 from svd_jax.train import make_train_step as make_train_step
 from svd_jax.transform import apply as apply
 from svd_jax.transform import sample as sample
+from svd_jax.tree import Shared as Shared
 from svd_jax.tree import kl as kl
 from svd_jax.tree import log_alpha as log_alpha
 from svd_jax.tree import sparsify as sparsify

@@ -10,9 +10,14 @@ entries share one is told by its shape, which is that of the weight with ones::
 
     {'Conv_0': {'kernel': (5, 5, 1, 20), 'bias': (20,),
                 'groups': {'outputs': {'scale': (1, 1, 1, 20), 'log_sigma2': (1, 1, 1, 20)}}}, ...}
+
+The weights of several layers may share scales too. Those lie beside the layers, under their names::
+
+    {'hf': {'kernel': (9, 5)}, 'hi': {'kernel': (9, 5)},
+     'groups': {'hf+hi:inputs': {'scale': (9, 1), 'log_sigma2': (9, 1)}}}
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +28,14 @@ from svd_jax import posterior
 
 PyTree = Any
 Number = float | jax.Array
+_Groups = Mapping[str, Mapping[str, Any]]
 
 WEIGHTS = ('kernel', 'embedding')
 SCALES = ('scale', 'log_scale')
 LOG_SIGMA2 = 'log_sigma2'
 GROUPS = 'groups'
+# Between the names of layers that share scales.
+AND = '+'
 
 
 class Random(NamedTuple):
@@ -127,9 +135,27 @@ def _children(node: Any) -> list[tuple[str, Any]]:
 
 
 def _children_but_groups(node: Any) -> list[tuple[str, Any]]:
-    """Without the scales of a weight, which belong to it."""
-    is_layer = isinstance(node, Mapping) and any(_is_weight(name, node[name]) for name in node)
-    return [(n, child) for n, child in _children(node) if not (is_layer and n == GROUPS)]
+    """Without scales, which belong to the weights."""
+    has_scales = _is_layer(node) or _shared_groups(node)
+    return [(n, child) for n, child in _children(node) if not (has_scales and n == GROUPS)]
+
+
+def _shared_groups(node: Any) -> dict[str, Any]:
+    """The scales that layers in a mapping share, by the name of the group."""
+    groups = node.get(GROUPS) if isinstance(node, Mapping) else None
+    if not isinstance(groups, Mapping):
+        return {}
+    return {name: child for name, child in groups.items() if AND in name}
+
+
+def is_shared(group: str) -> bool:
+    """Whether several layers share the scales of a group, by its path."""
+    return AND in group.rpartition('/')[2]
+
+
+def _shared_by(group: str) -> list[str]:
+    """The names of the layers that share scales, by that of their group."""
+    return group.partition(':')[0].split(AND)
 
 
 def leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
@@ -149,12 +175,22 @@ def _rebuild(node: Any, children: dict[str, Any]) -> Any:
     return type(node)(*values) if hasattr(node, '_fields') else type(node)(values)
 
 
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, Mapping) and any(_is_weight(str(name), node[name]) for name in node)
+
+
 def _is_weight(name: str, leaf: Any) -> bool:
     return name in WEIGHTS and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _weight_of(node: Mapping[str, Any], path: str) -> Weight | None:
-    """The weight that a mapping holds itself, after checking the convention."""
+def _weight_of(node: Mapping[str, Any], path: str, shared: _Groups) -> Weight | None:
+    """The weight that a mapping holds itself, after checking the convention.
+
+    Args:
+      node: the mapping.
+      path: of the mapping, with a slash at its end.
+      shared: scales that it shares with others, by the paths of their groups.
+    """
     boxed = [name for name in WEIGHTS if isinstance(node.get(name), AxisMetadata)]
     if boxed:
         raise ValueError(
@@ -176,7 +212,12 @@ def _weight_of(node: Mapping[str, Any], path: str) -> Weight | None:
     if not names:
         return None
     values = node[names[0]]
-    return Weight(f'{path}{names[0]}', values, log_sigma2, _scales_of(node, path, values))
+    own = {
+        f'{path}{GROUPS}/{name}/': child
+        for name, child in node.get(GROUPS, {}).items()
+        if AND not in name
+    }
+    return Weight(f'{path}{names[0]}', values, log_sigma2, _scales_of({**own, **shared}, values))
 
 
 def _check_shapes(path: str, name: str, location: Any, log_sigma2: Any) -> None:
@@ -187,11 +228,10 @@ def _check_shapes(path: str, name: str, location: Any, log_sigma2: Any) -> None:
         )
 
 
-def _scales_of(node: Mapping[str, Any], path: str, values: Any) -> tuple[Random, ...]:
+def _scales_of(groups: _Groups, values: Any) -> tuple[Random, ...]:
     """The scales of a weight, in the order of their names, after checking the convention."""
     found = []
-    for group, child in sorted(node.get(GROUPS, {}).items()):
-        place = f'{path}{GROUPS}/{group}/'
+    for place, child in sorted(groups.items()):
         if set(child) not in [{name, LOG_SIGMA2} for name in SCALES]:
             raise ValueError(
                 f'{place} holds {", ".join(child)}: it must hold a {" or ".join(SCALES)} and its '
@@ -212,18 +252,42 @@ def _scales_of(node: Mapping[str, Any], path: str, values: Any) -> tuple[Random,
     return tuple(found)
 
 
-def weights(params: PyTree, path: str = '') -> Iterator[Weight]:
+def _shared_with(node: Any, path: str, name: str) -> _Groups:
+    """The scales that a layer in a mapping shares with others in it."""
+    return {
+        f'{path}{GROUPS}/{group}/': child
+        for group, child in _shared_groups(node).items()
+        if name in _shared_by(group)
+    }
+
+
+def _check_shared(node: Any, path: str) -> None:
+    for group in _shared_groups(node):
+        missing = [name for name in _shared_by(group) if not _is_layer(node.get(name))]
+        if missing:
+            raise ValueError(
+                f'{path}{GROUPS}/{group} is shared by {", ".join(missing)}, which holds no weight '
+                'there: name the layers beside it'
+            )
+
+
+def weights(params: PyTree) -> Iterator[Weight]:
     """All weights of a tree, variational or not, in the order of the tree.
 
     Raises:
       ValueError: the tree breaks the convention; the message names the path.
     """
-    if isinstance(params, Mapping):
-        weight = _weight_of(params, path)
+    return _weights(params, '', {})
+
+
+def _weights(node: Any, path: str, shared: _Groups) -> Iterator[Weight]:
+    if isinstance(node, Mapping):
+        _check_shared(node, path)
+        weight = _weight_of(node, path, shared)
         if weight is not None:
             yield weight
-    for name, child in _children_but_groups(params):
-        yield from weights(child, f'{path}{name}/')
+    for name, child in _children_but_groups(node):
+        yield from _weights(child, f'{path}{name}/', _shared_with(node, path, name))
 
 
 def weight_paths(params: PyTree) -> list[str]:
@@ -263,12 +327,14 @@ def masked(kernel: jax.Array, log_sigma2: jax.Array, threshold: Number = 3.0) ->
 
 
 def randoms(params: PyTree) -> list[Random]:
-    """Every array that has a posterior: weights and scales, in the order of the tree.
+    """Every array that has a posterior, once: weights and scales, in the order of the tree.
 
     Raises:
       ValueError: there is none.
     """
-    found = [random for weight in weights(params) for random in weight.randoms]
+    found = list({
+        random.path: random for weight in weights(params) for random in weight.randoms
+    }.values())  # fmt: skip
     if not found:
         raise ValueError(
             f'no weight has a {LOG_SIGMA2} beside it: make the tree variational first, with '
@@ -278,18 +344,56 @@ def randoms(params: PyTree) -> list[Random]:
 
 
 def map_weights(
-    function: Callable[[Weight, dict[str, Any]], dict[str, Any]], params: PyTree, path: str = ''
+    function: Callable[[Weight, dict[str, Any]], dict[str, Any]], params: PyTree
 ) -> PyTree:
     """Replaces the contents of every mapping that holds a weight."""
-    children = {
-        name: map_weights(function, child, f'{path}{name}/')
-        for name, child in _children_but_groups(params)
+    return _map_weights(function, params, '', {})
+
+
+def _map_weights(
+    function: Callable[[Weight, dict[str, Any]], dict[str, Any]],
+    node: Any,
+    path: str,
+    shared: _Groups,
+) -> Any:
+    changed = {
+        name: _map_weights(function, child, f'{path}{name}/', _shared_with(node, path, name))
+        for name, child in _children_but_groups(node)
     }
-    if isinstance(params, Mapping):
-        weight = _weight_of(params, path)
-        if weight is None:
-            return _rebuild(params, children)
-        if weight.scales:
-            children = {name: children.get(name, params[name]) for name in params}
-        return _rebuild(params, function(weight, children))
-    return _rebuild(params, children) if isinstance(params, (list, tuple)) else params
+    if not isinstance(node, Mapping):
+        return _rebuild(node, changed) if isinstance(node, (list, tuple)) else node
+    children = {str(name): changed.get(str(name), child) for name, child in node.items()}
+    weight = _weight_of(node, path, shared)
+    return _rebuild(node, children if weight is None else function(weight, children))
+
+
+def with_groups(params: PyTree, groups: Mapping[str, PyTree], path: str = '') -> PyTree:
+    """A tree with groups of scales added, each in the place that its path names."""
+    if not isinstance(params, (Mapping, list, tuple)):
+        return params
+    children = {
+        name: with_groups(child, groups, f'{path}{name}/') for name, child in _children(params)
+    }
+    inside = f'{path}{GROUPS}/'
+    added = {
+        group.removeprefix(inside): scales
+        for group, scales in groups.items()
+        if group.startswith(inside) and '/' not in group.removeprefix(inside)
+    }
+    if added:
+        children[GROUPS] = {**children.get(GROUPS, {}), **added}
+    return _rebuild(params, children)
+
+
+def without_groups(params: PyTree, groups: Collection[str], path: str = '') -> PyTree:
+    """A tree without the groups of scales that these paths name."""
+    if not groups or not isinstance(params, (Mapping, list, tuple)):
+        return params
+    children = {
+        name: without_groups(child, groups, f'{path}{name}/')
+        for name, child in _children(params)
+        if f'{path}{name}' not in groups
+    }
+    if not children.get(GROUPS, True):
+        del children[GROUPS]
+    return _rebuild(params, children)

@@ -411,11 +411,12 @@ def _posterior_of(
     if weight.log_sigma2 is not None:
         yield (*path[:-1], convention.LOG_SIGMA2), variable
     for scale in weight.scales:
-        group = (*path[:-1], *scale.path.split('/')[-3:-1])
+        *holder, groups, group, _ = scale.path.split('/')  # beside the weight, or further out
+        place = (*path[: len(holder)], groups, group)
         # How the weight is laid out over devices is nothing to a scale.
         like = nnx.Param(jnp.asarray(scale.location))
-        yield (*group, scale.path.rpartition('/')[2]), like
-        yield (*group, convention.LOG_SIGMA2), like
+        yield (*place, scale.path.rpartition('/')[2]), like
+        yield (*place, convention.LOG_SIGMA2), like
 
 
 def _whole_groups(paths: Iterable[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:

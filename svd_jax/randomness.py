@@ -26,6 +26,7 @@ from jax import lax
 from jax.extend import core
 
 from svd_jax import conv, linear, scales
+from svd_jax.convention import is_shared
 from svd_jax.program import CALLS, closed_jaxpr
 from svd_jax.scales import Scale, Spread
 
@@ -79,15 +80,21 @@ class Keys:
 
     def __init__(self, root: jax.Array) -> None:
         self.root = root
-        self._used: dict[tuple[str, ...], int] = {}
+        self._used: dict[tuple[str, Paths], int] = {}
 
-    def _next(self, *place: str) -> jax.Array:
-        self._used[place] = self._used.get(place, 0) + 1
-        return LazyRng.create(self.root, *place, self._used[place]).as_jax_rng()
+    def _next(self, place: str, paths: Paths = _NONE) -> jax.Array:
+        use = (place, paths)
+        self._used[use] = self._used.get(use, 0) + 1
+        names = filter(None, place.split('/'))
+        return LazyRng.create(self.root, *names, self._used[use]).as_jax_rng()
 
     def of(self, paths: Paths) -> jax.Array:
         """For one operation on a weight."""
-        return self._next(*min(paths).split('/')[:-1])
+        return self._next(min(paths).rpartition('/')[0])
+
+    def of_shared(self, group: str, paths: Paths) -> jax.Array:
+        """For scales that weights share: the same one for the first use of each, and so on."""
+        return self._next(group, paths)
 
     def of_rounds(self, count: int) -> jax.Array:
         """One for each round of a loop, to draw others from."""
@@ -356,17 +363,21 @@ def _sampled(eqn: Any, operands: list[Any], keys: Keys) -> jax.Array:
     weight = operands[at]
     key = keys.of(weight.paths)
     if weight.scales:
-        return _scaled(eqn, operands, at, key)
+        return _scaled(eqn, operands, at, key, keys)
     return _drawn(eqn, operands, at, key)
 
 
-def _scaled(eqn: Any, operands: list[Any], at: int, key: jax.Array) -> jax.Array:
+def _scaled(eqn: Any, operands: list[Any], at: int, key: jax.Array, keys: Keys) -> jax.Array:
     """Of a weight with scales, each of which multiplies the input or the result."""
     weight, x, factors = operands[at], operands[1 - at], []
     for number, scale in enumerate(weight.scales):
         place = scales.place(eqn, at, scale.spread)
         assert place is not None  # uses() has seen to it
-        factor = scale.drawn(place, jax.random.fold_in(key, number))
+        if is_shared(scale.group):
+            own = keys.of_shared(scale.group, weight.paths)
+        else:
+            own = jax.random.fold_in(key, number)
+        factor = scale.drawn(place, own)
         if place.of_input:
             x = x * factor.astype(x.dtype)
         else:

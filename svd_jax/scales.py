@@ -62,12 +62,14 @@ class Scale(flax.struct.PyTreeNode):
       log_sigma2: (units,).
       family: of the posterior.
       spread: how they lie in the weight.
+      group: the path of their group.
     """
 
     location: jax.Array
     log_sigma2: jax.Array
     family: posterior.Family = flax.struct.field(pytree_node=False)
     spread: Spread = flax.struct.field(pytree_node=False)
+    group: str = flax.struct.field(pytree_node=False)
 
     def drawn(self, place: Place, key: jax.Array) -> jax.Array:
         """What to multiply with at that place."""

@@ -175,8 +175,13 @@ def _kept_everywhere(params: PyTree, kept: Mapping[Path, Units]) -> dict[Path, U
                 whole if size == len(whole) else np.ones(1, bool)
                 for size, whole in zip(random.location.shape, units, strict=True)
             )
-            found[_path(random.path)] = own
-            found[(*_path(random.path)[:-1], convention.LOG_SIGMA2)] = own
+            path = _path(random.path)
+            if not all(map(np.array_equal, found.get(path, own), own)):
+                raise ValueError(
+                    f'layers that share {random.path} keep different units of it: leave these '
+                    'layers without scales that they share, or train on the whole network'
+                )
+            found[path] = found[(*path[:-1], convention.LOG_SIGMA2)] = own
     return found
 
 

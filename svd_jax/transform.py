@@ -158,7 +158,11 @@ def run(
             variance = jnp.exp(weight.log_sigma2.astype(dtype))
         scaled = tuple(
             scales.Scale(
-                scale.location.reshape(-1), scale.log_sigma2.reshape(-1), scale.family, spread
+                scale.location.reshape(-1),
+                scale.log_sigma2.reshape(-1),
+                scale.family,
+                spread,
+                scale.group,
             )
             for scale, spread in zip(weight.scales, _spreads(weight), strict=True)
             if spread is not None  # or the weight would be drawn

@@ -4,6 +4,7 @@ Every function here is a pure function from tree to tree that knows no layer cla
 convention (:mod:`svd_jax.convention`), and passes whatever is not a weight through untouched.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from svd_jax.convention import (
+    AND,
     GROUPS,
     LOG_SIGMA2,
     WEIGHTS,
@@ -22,18 +24,48 @@ from svd_jax.convention import (
     randoms,
     weight_paths,
     weights,
+    with_groups,
+    without_groups,
 )
 
 Where = Callable[[str], bool] | str | Collection[str] | None
 PerPath = Number | Mapping[str, Number] | Callable[[str], Number]
 Axis = str | int | tuple[int, ...]
-Axes = str | int | list[Axis] | tuple[Axis, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """That several layers share scales: a scale for each place along an axis of all their weights.
+
+    Attributes:
+      axis: as of a single layer; see :func:`variational`.
+      layers: the names of the layers, which lie in one mapping; two or more.
+
+    Example:
+      A scale for each hidden neuron of Flax's LSTM cell, whose weights are in four layers:
+
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import svd_jax as svd
+      >>> model, x = nn.RNN(nn.OptimizedLSTMCell(5)), jnp.ones((1, 7, 3))
+      >>> params = model.init(jax.random.key(0), x)['params']
+      >>> neurons = svd.Shared('inputs', ('hi', 'hf', 'hg', 'ho'))
+      >>> params = svd.variational(params, where=(), groups={'/h[ifgo]/': neurons})
+      >>> jax.tree.map(jnp.shape, params['cell']['groups'])
+      {'hf+hg+hi+ho:inputs': {'log_sigma2': (5, 1), 'scale': (5, 1)}}
+    """
+
+    axis: Axis
+    layers: tuple[str, ...]
+
+
+Axes = Axis | Shared | list[Axis | Shared] | tuple[Axis | Shared, ...] | None
 Groups = Axes | Mapping[str, Axes] | Callable[[str], Axes]
 
 
 def _paths(params: PyTree) -> list[str]:
     """The paths of all weights and of all scales."""
-    return [path for w in weights(params) for path in (w.path, *(scale.path for scale in w.scales))]
+    found = [path for w in weights(params) for path in (w.path, *(s.path for s in w.scales))]
+    return list(dict.fromkeys(found))
 
 
 def per_path(value: PerPath, params: PyTree, name: str) -> Callable[[str], Number]:
@@ -155,8 +187,9 @@ def variational(
       groups: which entries share a scale: those that are equal along an axis. ``'outputs'`` (the
         last axis), ``'inputs'`` (the last but one) or another axis by its number; or a list of
         several of these, in which a tuple of numbers stands for a scale to each place along all of
-        those axes. Or one of these for every path that a pattern is found in, or a function of the
-        path; paths of which it says nothing have none.
+        those axes, and :class:`Shared` for scales that several layers share. Or one of these for
+        every path that a pattern is found in, or a function of the path; paths of which it says
+        nothing have none.
       log_normal: whether the scales have the truncated log-normal posterior of Neklyudov et al.
         (2017), rather than a Gaussian one.
 
@@ -181,29 +214,18 @@ def variational(
     paths = weight_paths(params)
     chosen = selector(where, paths)
     scales = _scales_for(groups, params, 'log_scale' if log_normal else 'scale')
-    all_paths = [*_paths(params), *(path for added in scales.values() for path in added)]
+    all_paths = [*_paths(params), *scales]
     start = _numbers(log_sigma2_init, all_paths, 'log_sigma2_init')
 
     def add(weight: Weight, node: dict[str, Any]) -> dict[str, Any]:
-        node = dict(node)
-        if chosen(weight.path):
-            if weight.log_sigma2 is not None:
-                raise ValueError(
-                    f'{weight.path} is variational already: leave it out with where=, or start '
-                    'from a tree without its log_sigma2'
-                )
-            node[LOG_SIGMA2] = jnp.full_like(weight.values, start(weight.path))
-        added = {}
-        for path, shape in scales.get(weight.path, {}).items():
-            *_, group, name = path.split('/')
-            if group in node.get(GROUPS, {}):
-                raise ValueError(f'{weight.path} has {group} among its groups already')
-            # A scale of 1 changes nothing.
-            location = jnp.full(shape, float(name == 'scale'), weight.values.dtype)
-            added[group] = {name: location, LOG_SIGMA2: jnp.full_like(location, start(path))}
-        if added:
-            node[GROUPS] = {**node.get(GROUPS, {}), **added}
-        return node
+        if not chosen(weight.path):
+            return node
+        if weight.log_sigma2 is not None:
+            raise ValueError(
+                f'{weight.path} is variational already: leave it out with where=, or start '
+                'from a tree without its log_sigma2'
+            )
+        return {**node, LOG_SIGMA2: jnp.full_like(weight.values, start(weight.path))}
 
     if not any(map(chosen, paths)) and not scales:
         raise ValueError(
@@ -211,27 +233,71 @@ def variational(
             + (f'where={where!r} chose none of {", ".join(paths)}' if paths else
                f'the tree has no leaf named {" or ".join(WEIGHTS)}')
         )  # fmt: skip
-    return map_weights(add, params)
+    added = {}
+    for path, like in scales.items():
+        group, _, name = path.rpartition('/')
+        # A scale of 1 changes nothing.
+        location = jnp.full(like.shape, float(name == 'scale'), like.dtype)
+        added[group] = {name: location, LOG_SIGMA2: jnp.full_like(location, start(path))}
+    return with_groups(map_weights(add, params), added)
 
 
-def _scales_for(groups: Groups, params: PyTree, name: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Paths and shapes of the scales that ``groups`` asks for, by the path of their weight."""
+def _scales_for(groups: Groups, params: PyTree, name: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Paths, shapes and types of the scales that ``groups`` asks for."""
     if groups is None:
         return {}
     of = groups if callable(groups) else _decider(groups, weight_paths(params), 'groups')
-    found = {}
+    known = {scale.group for weight in weights(params) for scale in weight.scales}
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+    missing: dict[str, set[str]] = {}
     for weight in weights(params):
-        wanted = of(weight.path)
-        if wanted is None:
-            continue
-        parent, shape = weight.path.rpartition('/')[0], jnp.shape(weight.values)
-        shapes = {}
+        wanted, shape = of(weight.path), jnp.shape(weight.values)
         for axis in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
-            group, along = _axes(axis, len(shape), weight.path)
-            path = f'{parent}/{GROUPS}/{group}/{name}'.removeprefix('/')
-            shapes[path] = tuple(n if a in along else 1 for a, n in enumerate(shape))
-        found[weight.path] = shapes
+            if axis is None:
+                continue
+            group, layers, along = _group(axis, len(shape), weight.path)
+            if group in known:
+                raise ValueError(f'{weight.path} has {group} among its groups already')
+            sizes = tuple(n if a in along else 1 for a, n in enumerate(shape))
+            like = found.setdefault(
+                f'{group}/{name}', jax.ShapeDtypeStruct(sizes, weight.values.dtype)
+            )
+            if like.shape != sizes:
+                raise ValueError(
+                    f'groups: layers cannot share the scales of {group}: those of {weight.path} '
+                    f'have shape {sizes}, those of another {like.shape}'
+                )
+            missing.setdefault(group, set(layers)).discard(_layer(weight.path))
+    for group, names in missing.items():
+        if names:
+            raise ValueError(
+                f'groups: {group} is to be shared by {", ".join(sorted(names))} too: ask for it on '
+                'the weights of all these layers, which must lie in one mapping'
+            )
     return found
+
+
+def _layer(path: str) -> str:
+    """The name of the layer that a weight is in."""
+    return path.split('/')[-2] if '/' in path else ''
+
+
+def _group(
+    axis: Axis | Shared, ndim: int, path: str
+) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+    """The path of a group, the layers that share it if any, the axes along which scales differ."""
+    parent = path.rpartition('/')[0]
+    if not isinstance(axis, Shared):
+        name, along = _axes(axis, ndim, path)
+        return f'{parent}/{GROUPS}/{name}'.removeprefix('/'), (), along
+    name, along = _axes(axis.axis, ndim, path)
+    layers = tuple(sorted(set(axis.layers)))
+    if len(layers) < 2 or _layer(path) not in layers:
+        raise ValueError(
+            f'groups: {axis} is asked for on {path}: it needs two layers or more, that one of them'
+        )
+    holder = parent.rpartition('/')[0]
+    return f'{holder}/{GROUPS}/{AND.join(layers)}:{name}'.removeprefix('/'), layers, along
 
 
 def _axes(axis: Axis, ndim: int, path: str) -> tuple[str, tuple[int, ...]]:
@@ -362,16 +428,23 @@ def collapse(params: PyTree, function: Callable[[Weight], Any], where: Where = N
     """
     randoms(params)
     chosen = selector(where, weight_paths(params))
+    gone, left = (
+        {s.group for w in weights(params) if chosen(w.path) is is_chosen for s in w.scales}
+        for is_chosen in (True, False)
+    )
+    if gone & left:
+        raise ValueError(
+            f'{", ".join(sorted(gone & left))} would go with some of the weights that share it '
+            'and stay with others: choose all of them, or none'
+        )
 
     def collapsed(weight: Weight, node: dict[str, Any]) -> dict[str, Any]:
         if not weight.randoms or not chosen(weight.path):
             return node
         name, leaf = weight.path.rpartition('/')[2], function(weight)
-        return {
-            k: leaf if k == name else v for k, v in node.items() if k not in (LOG_SIGMA2, GROUPS)
-        }
+        return {k: leaf if k == name else v for k, v in node.items() if k != LOG_SIGMA2}
 
-    return map_weights(collapsed, params)
+    return without_groups(map_weights(collapsed, params), gone)
 
 
 def units(params: PyTree, threshold: PerPath = 3.0) -> dict[str, jax.Array]:
@@ -380,13 +453,14 @@ def units(params: PyTree, threshold: PerPath = 3.0) -> dict[str, jax.Array]:
     A group's path is that of its scales without their name: ``'Conv_0/groups/outputs'``.
     """
     limit = per_path(threshold, params, 'threshold')
-    found = {}
+    found: dict[str, jax.Array] = {}
     for weight in weights(params):
         for scale in weight.scales:
             shape = jnp.shape(scale.location)
             shared = tuple(axis for axis, size in enumerate(shape) if size == 1)
             left = jnp.any(weight.sparse(limit) != 0, axis=shared)
-            found[scale.group] = left
+            # Of layers that share it, any one.
+            found[scale.group] = found.get(scale.group, jnp.zeros_like(left)) | left
     return found
 
 

@@ -343,6 +343,26 @@ def test_a_dense_network_learns_and_is_a_start(
     np.testing.assert_equal(found, wanted)
 
 
+def test_units_of_a_cell_are_dropped_with_its_weights(words: Path, tmp_path: Path) -> None:
+    """Scales shared by the gates; the neurons that are left by NumPy, from the file that ships."""
+    options = ('--groups', 'weights+units', '--gates', '--group-kl-weight', '3', '--epochs', '2')
+    quick = ('--log-sigma2-init', '-1', '--log-sigma2-rate', '100', '--warmup', '0', '0')
+    summary = run(tmp_path / 'run', words, *options, *quick)
+    assert summary['groups'] == 'weights+units'
+    assert summary['config']['gates']
+    assert {name: total for name, (_, total) in summary['units'].items()} == {
+        'Dense_0 inputs': 8,
+        'OptimizedLSTMCell_0 hf+hg+hi+ho:inputs': 8, 'OptimizedLSTMCell_0 if+ig+ii+io:inputs': 64,
+        **{f'OptimizedLSTMCell_0 h{gate}+i{gate}:outputs': 8 for gate in 'fgio'},
+    }  # fmt: skip
+    shipped = svd.load(tmp_path / 'run' / 'model.svd')
+    cell, dense = shipped['OptimizedLSTMCell_0'], shipped['Dense_0']
+    rows = [np.asarray(layer['kernel']).any(1) for layer in
+            (cell['hi'], cell['hf'], cell['hg'], cell['ho'], dense)]  # fmt: skip
+    assert summary['neurons'] == [np.any(rows, axis=0).sum(), 8]
+    assert sum(left for left, _ in summary['units'].values()) < 8 + 8 + 64 + 4 * 8
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
@@ -351,6 +371,8 @@ def test_a_dense_network_learns_and_is_a_start(
         ({'width': 6.5}, '--width must be a whole number'),
         ({'width': 6, 'model': 'transformer'}, '--width must be a multiple of 4 for'),
         ({'depth': 0}, '--depth must be at least 1'),
+        ({'gates': True}, '--gates is for --model lstm with --groups'),
+        ({'model': 'transformer', 'groups': 'units', 'gates': True}, '--gates is for --model lstm'),
         ({'log_sigma2_rate': 0.0}, '--log-sigma2-rate must be above 0'),
         ({'epochs': 0}, '--epochs must be at least 1'),
     ],

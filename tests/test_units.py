@@ -93,6 +93,9 @@ def test_the_budget_decides_what_is_left(tmp_path: Path) -> None:
     [
         ({'method': 'dense', 'groups': 'units'}, '--groups is for --method svd'),
         ({'shrink': 1.0}, '--shrink must be above 1'),
+        ({'groups': 'units', 'budget': 0.0}, '--budget must be a share'),
+        ({'budget': 0.1}, '--budget is for --groups units'),
+        ({'unit_cost': 'flops'}, '--unit-cost is for --groups units'),
         ({'shrink': 2.0, 'seeds': 2}, '--shrink is for --method svd, one network at a time'),
     ],
 )
