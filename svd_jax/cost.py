@@ -69,10 +69,16 @@ def unit_costs(
     if not left:
         raise ValueError('no weight has groups: make some with svd.variational(..., groups=...)')
 
+    # Traced once for all the networks that are measured.
+    traced = jax.jit(network.function(model, variables, options))
+
+    def run(given: Mapping[str, PyTree], *inputs: Any) -> Any:
+        return traced(given if within else given['params'], *inputs)
+
     def measured(group: str = '') -> float:
         dense = _sparse(params, threshold, group, left)
-        collections = {**variables, 'params': dense} if within else dense
-        return float(measure(compact(model, collections, *example, **options)))
+        given = {**variables, 'params': dense} if within else dense
+        return float(measure(compact(run, given, *example)))
 
     whole = measured()
     return {group: whole - measured(group) if units.any() else 0.0 for group, units in left.items()}

@@ -147,12 +147,11 @@ def run_equations(
 
 
 def evaluate(program: Program, *arguments: Any) -> dict[int, Any]:
-    """Every value of a program, by number."""
+    """Every value of a program, by number.
 
-    @jax.jit
-    def values(*arguments: Any) -> dict[int, Any]:
-        known = dict(zip(program.inputs, arguments, strict=True)) | program.constants
-        run_equations(program.equations, known)
-        return known
-
-    return values(*arguments)
+    Operation by operation: JAX keeps what it compiles of each, so that the same program again, or
+    another with such operations, runs at once. As one function it would be compiled every time.
+    """
+    known = dict(zip(program.inputs, arguments, strict=True)) | program.constants
+    run_equations(program.equations, known)
+    return known
