@@ -185,6 +185,7 @@ class TextTraining(Training):
             pictures.training_curves(history, directory / 'curves.png')
         if self.variational:
             pictures.log_alpha_histogram(params, self.config.threshold, directory / 'log_alpha.png')
+        self._draw_units(folder, params)
         return {'model': self._name, **self._ship(folder, state)}
 
 

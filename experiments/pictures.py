@@ -433,6 +433,40 @@ def weights(before: Frame, after: Frame, path: Path) -> None:
     figure.savefig(path, bbox_inches='tight')
 
 
+def _laid_out(units: int) -> tuple[int, int]:
+    """Rows and columns of a full grid of so many units, as near to a square as there is one."""
+    columns = next(n for n in range(math.isqrt(units - 1) + 1, units + 1) if units % n == 0)
+    return units // columns, columns
+
+
+def units(left: Mapping[str, np.ndarray], path: Path) -> None:
+    """The architecture before and after: a square for each unit, coloured where it is left.
+
+    Args:
+      left: of every group of units, by what it is called, which are left, as booleans.
+      path: of the picture.
+    """
+    grids = {name: kept.reshape(_laid_out(kept.size)) for name, kept in left.items()}
+    across = min(4, len(grids))
+    down = -(-len(grids) // across)
+    figure = _figure(2.6 * across, 0.4 + 3 * down)
+    all_axes = figure.subplots(down, across, squeeze=False).ravel()
+    colours = ListedColormap(['0.9', BLUE])
+    for axes, (name, grid) in zip(all_axes, grids.items(), strict=False):
+        rows, columns = grid.shape
+        axes.pcolormesh(
+            grid.astype(int), cmap=colours, vmin=0, vmax=1, edgecolors='white',
+            linewidth=min(2.0, 20 / columns),
+        )  # fmt: skip
+        axes.set(aspect='equal', anchor='N', xlim=(0, columns), ylim=(rows, 0))
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_title(f'{name}\n{grid.sum()} of {grid.size}', fontsize=9.5)
+    for axes in all_axes[len(grids) :]:
+        axes.set_axis_off()
+    figure.savefig(path, bbox_inches='tight')
+
+
 def _text(text: str, size: int) -> np.ndarray:
     """One line of text as indices into the greys of `PALETTE`, (height, width) uint8."""
     font = ImageFont.truetype(findfont('DejaVu Sans'), size)  # Matplotlib brings it along

@@ -19,6 +19,7 @@ from experiments.config import Config
 from experiments.errors import UsageError
 from experiments.stream import prefetch
 from svd_jax.convention import weights
+from svd_jax.tree import units
 
 # Steps per dispatch: few enough for a lively progress bar, enough to hide the dispatch.
 _CHUNK = 100
@@ -471,7 +472,16 @@ class Training:
         frames = pictures.load_frames(folder / 'frames', self.config.total_epochs)
         params = jax.device_get(state.params)
         pictures.write_all(folder, params, history, self.config.threshold, frames)
+        self._draw_units(folder, params)
         return self._ship(folder, state)
+
+    def _draw_units(self, folder: Path, params: Any) -> None:
+        """The architecture that is left, where units are random."""
+        if self.config.groups == 'none':
+            return
+        left = units(params, self.config.thresholds)
+        named = {group.replace('/groups/', ' '): kept for group, kept in left.items()}
+        pictures.units(jax.device_get(named), folder / 'pictures' / 'units.png')
 
     def _ship(self, folder: Path, state: svd.TrainState) -> dict[str, Any]:
         """Writes what is left, exactly: the variables, or the parameters if those are all."""

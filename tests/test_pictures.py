@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
+from scipy import ndimage
 
 from experiments import pictures
 
@@ -266,3 +267,21 @@ def test_a_gif_that_would_be_large_has_fewer_frames(tmp_path, monkeypatch):
         assert image.n_frames == 3
         image.seek(2)
         np.testing.assert_array_equal(image.convert('RGB'), last)
+
+
+def test_every_unit_is_a_square_coloured_where_it_is_left(tmp_path):
+    left = {
+        'Conv_0 outputs': np.arange(6) % 2 == 0, 'Dense_0 inputs': np.arange(35) < 10,
+        'one': np.ones(1, bool), 'none': np.zeros(7, bool), 'another row': np.ones(4, bool),
+    }  # fmt: skip
+    pictures.units(left, tmp_path / 'units.png')
+    image = pixels(tmp_path / 'units.png')
+    blue = np.all(np.abs(image - (0, 0x72, 0xB2)) < 3, axis=-1)
+    pale = np.all(np.abs(image - 230) < 3, axis=-1)
+    kept, gone = (
+        sum(int(np.sum(k == is_left)) for k in left.values()) for is_left in (True, False)
+    )
+    for squares, wanted in ((blue, kept), (pale, gone)):
+        labels, _ = ndimage.label(squares)
+        areas = np.bincount(labels.ravel())[1:]
+        assert np.sum(areas > 100) == wanted  # smaller ones are the borders of letters
