@@ -386,17 +386,31 @@ def weights_table(section: Section, runs: list[Run]) -> str:
     others = published.WEIGHTS.get(section.experiment, [])
     papers = [reported(one) for one in others if one.source == published.PAPER]
     peers = [reported(one) for one in others if one.source != published.PAPER]
-    ours = [(measured(group, section.dataset), group.commands()) for group in grouped(runs)]
-    ours += [
-        (planned(one), [command(section.experiment, one.options)])
-        for one in still_open(section, runs)
+    ours = [
+        *made(section, runs),
+        *(
+            (planned(one), [command(section.experiment, one.options)])
+            for one in still_open(section, runs)
+        ),
     ]
+    return with_commands(ours, papers, peers)
+
+
+def made(section: Section, runs: list[Run]) -> list[tuple[Cells, list[str]]]:
+    """Rows of runs, with the commands that made them."""
+    return [(measured(group, section.dataset), group.commands()) for group in grouped(runs)]
+
+
+def with_commands(
+    ours: list[tuple[Cells, list[str]]], before: Iterable[Cells] = (), after: Iterable[Cells] = ()
+) -> str:
+    """A table of our rows between others, and their commands by number."""
     commands: list[str] = []
     for row, made_by in ours:
         numbers = range(len(commands) + 1, len(commands) + len(made_by) + 1)
         row[FROM] = ', '.join(map(str, numbers))
         commands += made_by
-    shown = table([*papers, *(row for row, _ in ours), *peers], COLUMNS)
+    shown = table([*before, *(row for row, _ in ours), *after], COLUMNS)
     return f'{shown}\n\n{code(commands)}' if commands else shown
 
 
@@ -431,24 +445,27 @@ def units_left(group: Group) -> str:
     return '-'.join(f'{np.mean([units[name][0] for units in each]):.0f}' for name in each[0])
 
 
-def units_table(section: Section, runs: list[Run]) -> str:
-    """Ours, once their arrays are made smaller, and published ones."""
-    ours = [
+def units_rows(section: Section, runs: list[Run]) -> list[Cells]:
+    """Ours, once their arrays are made smaller."""
+    return [
         {'': label(group, section.dataset), 'seeds': seeds(group.seeds),
          ERROR: mean_sd(group.values('test_error'), 2), 'units left': units_left(group),
          'times fewer FLOPs': mean_sd([
              run.summary['multiply_adds_dense'] / run.summary['multiply_adds'] for run in group.runs
          ], 1),
          'multiply-adds left': f'{np.mean(group.values("multiply_adds")):,.0f}'}
-        for group in grouped(runs) if len(group.values('units')) == len(group.runs)
+        for group in grouped(runs) if len(group.values('multiply_adds')) == len(group.runs)
     ]  # fmt: skip
-    return table([*ours, *(
+
+
+def published_units(section: Section) -> list[Cells]:
+    return [
         {'': found.method, ERROR: f'{found.error:.2f}', 'units left': found.left,
          'times fewer FLOPs': found.fewer, 'multiply-adds left': found.operations,
          'times faster, CPU': found.cpu, 'times faster, GPU': found.gpu,
          FROM: found.source.markdown()}
         for found in published.UNITS.get(section.experiment, [])
-    )])  # fmt: skip
+    ]  # fmt: skip
 
 
 def noise_table(section: Section, summaries: list[Summary]) -> str:
@@ -516,15 +533,17 @@ def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[st
         yield from study(section, [summary for _, summary in summaries])
         return
     runs = [make_run(*pair) for pair in summaries]
+    tested = [run for run in runs if not run.config.validation]
     if section.picture and drawn(runs):
         yield f'![{section.picture}: {section.title}](pictures/results_{name}.png)'
-    yield weights_table(section, runs)
+    yield weights_table(section, tested)
+    yield from on_held_out(section, [run for run in runs if run.config.validation])
     if name in published.RATES:
         yield '### By rate, in the format of Deep Compression'
         yield rates_table(name)
     if name in published.FILES:
         yield '### By bytes of the file'
-        yield files_table(section, runs)
+        yield files_table(section, tested)
         if name.startswith('lenet'):
             yield 'Ours by bytes, from exact to coarse files: [files.md](files.md).'
     if name in published.UNITS:
@@ -535,7 +554,22 @@ def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[st
             '[inference.md](inference.md). The code of Structured Bayesian\nPruning keeps the '
             'checkpoint of best test accuracy: its errors are optimistic.'
         )  # fmt: skip
-        yield units_table(section, runs)
+        yield table([*units_rows(section, tested), *published_units(section)])
+
+
+def on_held_out(section: Section, runs: list[Run]) -> Iterator[str]:
+    """What was compared without the test set."""
+    if not runs:
+        return
+    yield '### What was compared to choose'
+    yield (
+        'On training images that were held out: options are chosen by these, and by no error on '
+        'the test set.'
+    )
+    yield with_commands(made(section, runs))
+    units = units_rows(section, runs)
+    if units:
+        yield table(units)
 
 
 def study(section: Section, summaries: list[Summary]) -> Iterator[str]:

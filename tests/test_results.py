@@ -215,7 +215,11 @@ def test_runs_elsewhere_have_a_command_each(folder):
 def test_errors_on_held_out_images_are_not_taken_for_test_errors(folder):
     config = json.loads(LENET5.read_text())['config'] | {'validation': 5000}
     edited(folder / 'results/held-out.json', config=config, evaluated_on='5000 held out')
-    assert 'errors on 5000 held out' in section(written(folder), 'LeNet-5-Caffe on MNIST')
+    found = section(written(folder), 'LeNet-5-Caffe on MNIST')
+    results, _, compared = found.partition('### What was compared to choose')
+    assert 'held out' not in results
+    assert 'errors on 5000 held out' in compared
+    assert '--validation 5000' in compared.partition('```bash')[2]
 
 
 def test_a_network_without_weights(folder):
