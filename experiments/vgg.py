@@ -15,7 +15,7 @@ CIFAR-100; here it is the 100 fine ones.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -62,6 +62,11 @@ class VGGTraining(Training):
 
     def _prepare(self, images: jax.Array) -> jax.Array:
         return super()._prepare(images) / self._sd
+
+    @staticmethod
+    def units(path: str) -> Any:
+        # Where a normalisation follows, it would undo a scale of outputs.
+        return None if path == 'Conv_0/kernel' else 'inputs'
 
 
 DEFAULTS = Config(decay_from=0.5, shift=4, flip=True)
