@@ -175,10 +175,11 @@ class Training:
         if smaller is None:
             return self._apply(variables, inputs, rngs, **options)
         if not is_random(variables['params']):
-            return smaller(variables['params'], inputs), jnp.zeros(())
+            result, no_kl = smaller(variables, inputs, **options), jnp.zeros(())
+            return ((result[0], no_kl), result[1]) if options else (result, no_kl)
         return svd.apply(
             smaller, variables, inputs, rngs=rngs, kl_method=self.config.kl,
-            threshold=self.config.threshold if self.config.mask_in_training else None,
+            threshold=self.config.threshold if self.config.mask_in_training else None, **options,
         )  # fmt: skip
 
     def _apply_weighted(
@@ -282,7 +283,10 @@ class Training:
         tx = self._fine_tx if fine_tune else self.tx
 
         def shrunk(state: svd.TrainState, threshold: Any) -> svd.Shrunk:
-            return svd.shrink(self._shipped, state, tx, self._example(), threshold=threshold)
+            return svd.shrink(
+                self._shipped, state, tx, self._example(), threshold=threshold,
+                training=self._trained,
+            )  # fmt: skip
 
         now, could = shrunk(state, float('inf')), shrunk(state, self.config.thresholds)
         if could.report.multiply_adds[1] * self.config.shrink <= now.report.multiply_adds[1]:
@@ -460,6 +464,12 @@ class Training:
 
     def _shipped(self, variables: Any, inputs: jax.Array) -> jax.Array:
         return self.model.apply(variables, inputs, True)[0]
+
+    def _trained(self, variables: Any, inputs: jax.Array) -> Any:
+        """Of one with batch statistics: its outputs in training, and the new statistics."""
+        mutable = [name for name in variables if name != 'params']
+        (logits, _), updates = self.model.apply(variables, inputs, mutable=mutable)
+        return logits, updates
 
     def save_frame(self, folder: Path, epoch: int, state: svd.TrainState) -> None:
         """Adds a frame to the GIF of one network."""

@@ -9,7 +9,7 @@ rule covers is left as it is.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from flax.core import meta
 from svd_jax import network, table
 from svd_jax.network import Path
 from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
-from svd_jax.rules import RULES, Fixed, Units, Use, View, everything
+from svd_jax.rules import RULES, Fixed, Rule, Units, Use, View, everything
 from svd_jax.tree import PerPath
 
 PyTree = Any
@@ -29,6 +29,8 @@ PyTree = Any
 
 # What a weight may go through on its way to its use, and still be that weight.
 _RESHAPING = ('reshape', 'broadcast_in_dim', 'convert_element_type', 'squeeze')
+# How the names of operations start that draw random numbers.
+_RANDOM = ('random_', 'threefry2x32', 'rng_')
 
 
 class Layer(NamedTuple):
@@ -201,6 +203,85 @@ def compact(model: Any, variables: PyTree, *example: Any, **options: Any) -> Com
     return _Analysis(network.function(model, variables, options), variables, example).result()
 
 
+def compact_with_training(
+    model: Any, training: Callable[..., Any], variables: PyTree, *example: Any, **options: Any
+) -> tuple[Compact, Callable[..., Any]]:
+    """:func:`compact` of a network that goes on training, with its mutable collections.
+
+    Only units that nothing reads are removed, which are the same ones in training and after. One
+    that is constant stays: batch statistics make another constant of it than running averages do.
+
+    Args:
+      model: as for :func:`compact`: what will be shipped.
+      training: the same in training: a pure function of the variables and the inputs that returns
+        ``(outputs, updates)``, the new collections by name.
+      variables: its variables, with sparsified parameters under ``'params'``.
+      example: as for :func:`compact`.
+      options: as for :func:`compact`.
+
+    Returns:
+      What :func:`compact` returns; and what ``training`` is on the smaller variables.
+
+    Raises:
+      ValueError: random numbers are drawn in training.
+    """
+    shipped = network.function(model, variables, options)
+    trained = network.function(training, variables, {})
+
+    def analysed(
+        function: Callable[..., Any], kept: Mapping[Path, Units], *wanted: Units
+    ) -> '_Analysis':
+        return _Analysis(function, variables, example, constants=False, kept=kept, wanted=wanted)
+
+    # Each keeps what the other reads: more and more, until they agree.
+    kept = _only_trained(shipped, variables, example)
+    while True:
+        evaluation = analysed(shipped, kept)
+        kept = evaluation.kept()
+        state = {path: kept[path] for path in sorted(kept) if path[0] != 'params'}
+        whole = analysed(_updating(trained, list(state)), kept, *state.values())
+        if _agree(whole.kept(), kept):
+            break
+        kept = whole.kept()
+    if random := whole.random():
+        raise ValueError(
+            f'{random} draws random numbers in training: pass a training function without them, '
+            'such as one with a dropout rate of 0'
+        )
+    return evaluation.result(), whole.result().apply
+
+
+def _only_trained(
+    function: Callable[..., Any], variables: PyTree, example: tuple
+) -> dict[Path, Units]:
+    """All of the collections of which a function does not know: those are of training alone."""
+    program = trace(function, variables, *example)
+    known = {operand for equation in program.equations for operand in equation.inputs
+             if isinstance(operand, int)}  # fmt: skip
+    return {
+        path: everything(program.shapes[number].shape)
+        for number, path in zip(program.inputs, network.paths(variables), strict=False)
+        if path[0] != 'params' and number not in known
+    }
+
+
+def _updating(function: Callable[..., Any], paths: Sequence[Path]) -> Callable[..., Any]:
+    """The function with those arrays alone of the collections that it returns."""
+
+    def updating(variables: PyTree, *inputs: Any) -> Any:
+        outputs, updates = function(variables, *inputs)
+        after = {**variables, **updates}
+        found = dict(zip(network.paths(after), jax.tree.leaves(after), strict=True))
+        return outputs, traverse_util.unflatten_dict({path: found[path] for path in paths})
+
+    return updating
+
+
+def _agree(ours: dict[Path, Units], theirs: dict[Path, Units]) -> bool:
+    same = ours.keys() == theirs.keys()
+    return same and jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+
+
 def fold(
     model: Any, variables: PyTree, *example: Any, threshold: PerPath = 3.0, **options: Any
 ) -> PyTree:
@@ -303,10 +384,27 @@ class _Runner:
 
 
 class _Analysis:
-    """Forwards, backwards, and the plan that comes of it."""
+    """Forwards, backwards, and the plan that comes of it.
+
+    Args:
+      function: of the tree and the example.
+      tree: the whole one.
+      example: example inputs.
+      same_shapes: whether arrays keep their shapes.
+      constants: whether units that are constant go.
+      kept: entries of the tree's arrays that stay, whether they are read or not.
+      wanted: which entries are of the last results; of the others, all.
+    """
 
     def __init__(
-        self, function: Callable[..., Any], tree: PyTree, example: tuple, same_shapes: bool = False
+        self,
+        function: Callable[..., Any],
+        tree: PyTree,
+        example: tuple,
+        same_shapes: bool = False,
+        constants: bool = True,
+        kept: Mapping[Path, Units] | None = None,
+        wanted: Sequence[Units] = (),
     ) -> None:
         self._function, self._tree, self._same_shapes = function, tree, same_shapes
         program = self._program = trace(function, tree, *example)
@@ -321,8 +419,14 @@ class _Analysis:
         self._depends = set(program.inputs[len(leaves) :])
         self._fixed: dict[int, Fixed] = {}
         self._left: dict[str, None] = {}
-        self._forwards()
-        self._needed: dict[int, list[np.ndarray]] = {}
+        self._forwards(RULES if constants else {})
+        outputs = program.outputs[: len(program.outputs) - len(wanted)]
+        self._wanted = [everything(np.shape(self._value(output))) for output in outputs]
+        self._wanted += wanted
+        kept = kept or {}
+        self._needed: dict[int, list[np.ndarray]] = {
+            number: list(kept[path]) for number, path in self._paths.items() if path in kept
+        }
         self._uses: dict[int, Use | None] = {}
         self._backwards()
 
@@ -340,12 +444,12 @@ class _Analysis:
     def _value(self, operand: Operand) -> Any:
         return operand.value if isinstance(operand, Constant) else self._values[operand]
 
-    def _forwards(self) -> None:
+    def _forwards(self, rules: Mapping[str, Rule]) -> None:
         for equation in self._program.equations:
             if not any(i in self._depends for i in equation.inputs if isinstance(i, int)):
                 continue
             self._depends.update(equation.outputs)
-            rule = RULES.get(equation.primitive.name)
+            rule = rules.get(equation.primitive.name)
             if rule is None or len(equation.outputs) != 1:
                 continue
             (number,) = equation.outputs
@@ -377,9 +481,8 @@ class _Analysis:
         return tuple(units)
 
     def _backwards(self) -> None:
-        for output in self._program.outputs:
-            if isinstance(output, int):
-                self._need(output, everything(self._values[output].shape))
+        for output, units in zip(self._program.outputs, self._wanted, strict=True):
+            self._need(output, units)
         for at, equation in reversed(list(enumerate(self._program.equations))):
             if not any(number in self._needed for number in equation.outputs):
                 continue
@@ -434,11 +537,7 @@ class _Analysis:
             if use is not None and use.bias is not None:
                 constant = self._place_bias(equation, use, arrays)
             steps.append(_Step(at, tuple(self._fits(equation, use)), use, constant))
-        outputs = [
-            self._fit(output, everything(self._values[output].shape))
-            if isinstance(output, int) else None
-            for output in self._program.outputs
-        ]  # fmt: skip
+        outputs = map(self._fit, self._program.outputs, self._wanted)
         params = traverse_util.unflatten_dict({p: jnp.asarray(a) for p, a in arrays.items()})
         runner = _Runner(
             self._function,
@@ -452,9 +551,20 @@ class _Analysis:
         report = Report(
             tuple(self._layers()), (before, sum(a.size for a in arrays.values())), tuple(self._left)
         )
-        kept = {self._paths[number]: self._kept(number) for number in self._read()}
         # Inline: whoever traces a network that runs it is to see its operations.
-        return Compact(params, jax.jit(runner, inline=True), report, kept)
+        return Compact(params, jax.jit(runner, inline=True), report, self.kept())
+
+    def kept(self) -> dict[Path, Units]:
+        """Which entries are kept of every array of which some are read."""
+        return {self._paths[number]: self._kept(number) for number in self._read()}
+
+    def random(self) -> str | None:
+        """Where random numbers are drawn that the results depend on, if they are."""
+        for at in self._uses:
+            equation = self._program.equations[at]
+            if equation.primitive.name.startswith(_RANDOM):
+                return equation.where or 'the model'
+        return None
 
     def folded(self) -> PyTree:
         """The tree with zeros in the place of the units that are not kept."""

@@ -1,6 +1,6 @@
 """Training on a smaller network, once units are dropped: faster as it goes on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import optax
 from flax import traverse_util
 
 from svd_jax import convention, network, transform, tree
-from svd_jax.compaction import Compact, Report, compact
+from svd_jax.compaction import Compact, Report, compact, compact_with_training
 from svd_jax.network import Path
 from svd_jax.rules import Units
 from svd_jax.train import TrainState
@@ -22,19 +22,47 @@ class Smaller:
     """A network on smaller arrays, with the ``apply`` of a Flax model.
 
     Attributes:
-      compact: what :func:`svd_jax.compact` made of it.
+      compact: what :func:`svd_jax.compact` made of it; of the variables, where there are mutable
+        collections.
     """
 
-    def __init__(self, compact: Compact) -> None:
-        self.compact = compact
+    def __init__(self, compact: Compact, training: Callable[..., Any] | None = None) -> None:
+        self.compact, self._training = compact, training
 
-    def apply(self, variables: Mapping[str, PyTree], *inputs: Any, **_: Any) -> Any:
-        """As a Flax model's; it has no random numbers and no mutable collections."""
-        return self.compact.apply(variables['params'], *inputs)
+    def apply(
+        self, variables: Mapping[str, PyTree], *inputs: Any, mutable: Any = False, **_: Any
+    ) -> Any:
+        """As a Flax model's; it has no random numbers.
 
-    def __call__(self, params: PyTree, *inputs: Any) -> Any:
-        """The same with dense parameters, by the fastest way for this backend, in training too."""
-        return transform.evaluate(self.compact.apply, params, *inputs)
+        Args:
+          variables: the smaller ones.
+          inputs: as for :func:`shrink`.
+          mutable: False to evaluate; or the names of the mutable collections, to run it as in
+            training and return ``(outputs, updates)``.
+        """
+        return self._run(mutable)(self._tree(variables), *inputs)
+
+    def __call__(self, params: PyTree, *inputs: Any, mutable: Any = False) -> Any:
+        """The same with dense parameters, by the fastest way for this backend, in training too.
+
+        Args:
+          params: the parameters, or the variables.
+          inputs: as for :meth:`apply`.
+          mutable: as for :meth:`apply`.
+        """
+        return transform.evaluate(self._run(mutable), self._tree(params), *inputs)
+
+    def _run(self, mutable: Any) -> Callable[..., Any]:
+        if mutable is False:
+            return self.compact.apply
+        if self._training is None:
+            raise ValueError('this network has no mutable collections: leave mutable out')
+        return self._training
+
+    def _tree(self, given: PyTree) -> PyTree:
+        """The variables, or the parameters where those are all."""
+        nested = map(network.with_collections, (self.compact.params, given))
+        return given['params'] if tuple(nested) == (False, True) else given
 
 
 class Shrunk(NamedTuple):
@@ -44,8 +72,9 @@ class Shrunk(NamedTuple):
       model: the smaller network, for :func:`svd_jax.apply` and all else that takes a model.
       state: the smaller state.
       report: of what was removed.
-      kept: of every array of parameters that is left, by its path, which entries along each axis.
-      whole: shapes and types of the state before.
+      kept: of every array of parameters and collections that is left, by its path, which entries
+        along each axis.
+      whole: the state before: its collections, and of all else shapes and types.
     """
 
     model: Smaller
@@ -58,6 +87,7 @@ class Shrunk(NamedTuple):
         """The state of the whole network that a smaller one stands for.
 
         What was removed is zero, and so dropped at any threshold: :func:`shrink` removes it again.
+        Of the collections it is what it was: no weight reads it.
 
         Args:
           state: of the smaller network, such as that after some steps.
@@ -71,14 +101,14 @@ class Shrunk(NamedTuple):
             raise ValueError(f'the whole network has no place for {", ".join(homeless)}')
         known = dict(_leaves(state))
 
-        def leaf_of(keys: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        def leaf_of(keys: Any, like: Any) -> jax.Array:
             path = network.path_of(keys)
             leaf, units = known.get(path), _units_of(path, like.shape, self.kept)
+            if isinstance(like, jax.ShapeDtypeStruct):
+                like = jnp.zeros(like.shape, like.dtype)
             if leaf is None:
-                return jnp.zeros(like.shape, like.dtype)
-            if units is None:
-                return leaf
-            return jnp.zeros(like.shape, like.dtype).at[np.ix_(*units)].set(leaf)
+                return jnp.asarray(like)
+            return leaf if units is None else jnp.asarray(like).at[np.ix_(*units)].set(leaf)
 
         return jax.tree_util.tree_map_with_path(leaf_of, self.whole)
 
@@ -89,27 +119,34 @@ def shrink(
     tx: optax.GradientTransformation,
     *example: Any,
     threshold: tree.PerPath = 3.0,
+    training: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Shrunk:
     """Removes the units that sparsify would leave no weight, from a training in progress.
 
-    What is left goes on as it would have: parameters, posteriors, the optimiser's moments. Units
-    that are constant go into the next bias, as :func:`svd_jax.compact` has it, so that the outputs
-    of the sparsified network are the same to rounding; the noise of what is removed is gone.
+    What is left goes on as it would have: parameters, posteriors, the optimiser's moments, batch
+    statistics. Units that are constant go into the next bias, as :func:`svd_jax.compact` has it, so
+    that the outputs of the sparsified network are the same to rounding; the noise of what is
+    removed is gone. With mutable collections they stay, since batch statistics make another
+    constant of them than running averages do: only what no weight reads is removed.
 
     Args:
       model: as for :func:`svd_jax.compact`.
-      state: of the training; without mutable collections.
+      state: of the training.
       tx: the optimiser.
       example: as for :func:`svd_jax.compact`.
       threshold: as for :func:`svd_jax.sparsify`.
+      training: of a state with mutable collections: the model in training, a pure function of the
+        variables and the inputs that returns ``(outputs, updates)``, without random numbers. The
+        smaller network runs it where it is given ``mutable``.
       options: as for :func:`svd_jax.compact`.
 
     Returns:
       The smaller network, its state, and a report.
 
     Raises:
-      ValueError: nothing is variational; the state has mutable collections; or no unit is left.
+      ValueError: nothing is variational; the state has mutable collections and ``training`` is not
+        given, or draws random numbers; or no unit is left.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -126,17 +163,13 @@ def shrink(
       ((3, 2), (2, 2))
       >>> y, kl = svd.apply(smaller, state.variables, x, rngs={'noise': jax.random.key(1)})
     """
-    if state.collections:
-        raise ValueError(
-            f'the state has {", ".join(state.collections)}: a network with mutable collections '
-            'does something else in training than what can be made smaller'
-        )
     sparse = jax.device_get(tree.sparsify(state.params, threshold))
     if not any(np.any(weight.values) for weight in convention.weights(sparse)):
         raise ValueError('no unit is left: the output of the network is constant')
-    small = compact(model, sparse, *example, **options)
-    kept = _kept_everywhere(state.params, small.kept)
-    arrays = traverse_util.flatten_dict(small.params)
+    smaller = _smaller(model, training, sparse, state.collections, example, options)
+    variables, kept = _by_collection(smaller.compact)
+    kept = _kept_everywhere(state.params, kept)
+    arrays = traverse_util.flatten_dict(variables['params'])
     before = traverse_util.flatten_dict(state.params)
     for weight in convention.weights(state.params):
         # Its means and its posteriors, where compact has what is shipped of them.
@@ -145,10 +178,42 @@ def shrink(
                 arrays[path] = before[path][np.ix_(*kept[path])]
     params = traverse_util.unflatten_dict(arrays)
     opt_state = _cut_like(tx.init(params), state.opt_state, kept)
+    collections = {name: variables.get(name, {}) for name in state.collections}
+    after = state.replace(params=params, opt_state=opt_state, collections=collections)
     # A copy: steps donate their state, and the given one must survive that.
-    after = jax.tree.map(jnp.array, state.replace(params=params, opt_state=opt_state))
+    after = jax.tree.map(jnp.array, after)
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    return Shrunk(Smaller(small), after, small.report, kept, whole)
+    whole = whole.replace(collections=jax.device_get(state.collections))
+    return Shrunk(smaller, after, smaller.compact.report, kept, whole)
+
+
+def _smaller(
+    model: Any,
+    training: Callable[..., Any] | None,
+    sparse: PyTree,
+    collections: dict[str, PyTree],
+    example: tuple,
+    options: dict[str, Any],
+) -> Smaller:
+    """The smaller network, evaluated and, with mutable collections, in training."""
+    if not collections:
+        return Smaller(compact(model, sparse, *example, **options))
+    if training is None:
+        names = list(collections)
+        raise ValueError(
+            f'the state has {", ".join(names)}: pass training=, the network as it is in training, '
+            f'such as functools.partial(model.apply, train=True, mutable={names})'
+        )
+    variables = {'params': sparse, **collections}
+    return Smaller(*compact_with_training(model, training, variables, *example, **options))
+
+
+def _by_collection(small: Compact) -> tuple[dict[str, PyTree], dict[Path, Units]]:
+    """The variables, and what is kept of them, of parameters by the path among those."""
+    if not network.with_collections(small.params):
+        return {'params': small.params}, small.kept
+    kept = {path[1:] if path[0] == 'params' else path: u for path, u in small.kept.items()}
+    return small.params, kept
 
 
 def _path(joined: str) -> Path:

@@ -1,6 +1,8 @@
 """Training on a smaller network goes on as on the whole one, but for the noise of what went."""
 
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,6 +12,7 @@ import optax
 import pytest
 
 import svd_jax as svd
+from experiments.models import VGGLike
 from svd_jax import convention, noise
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -38,12 +41,17 @@ def trained(request: pytest.FixtureRequest) -> tuple[Any, ...]:
     for seed in range(3):
         state, _ = step(state, (x, labels), jax.random.key(seed))
     dead = {'Conv_0': [0, 3], 'Conv_1': [1], 'Dense_1': [0, 2, 5]}
+    return model, tx, killed(state, dead), (x, labels)
+
+
+def killed(state: svd.TrainState, dead: dict[str, Any]) -> svd.TrainState:
+    """With nothing but noise in these units of these layers."""
     params = jax.tree.map(jnp.array, state.params)
     for layer, units in dead.items():
         ((_, group),) = params[layer]['groups'].items()
         flat = group['log_sigma2'].reshape(-1).at[np.asarray(units)].set(4.0)
         group['log_sigma2'] = flat.reshape(group['log_sigma2'].shape)
-    return model, tx, state.replace(params=params), (x, labels)
+    return state.replace(params=params)
 
 
 @pytest.fixture
@@ -146,7 +154,209 @@ def test_it_can_shrink_again_and_be_shipped(started: Any, tmp_path: Any) -> None
 
 def test_what_cannot_shrink_is_refused(started: Any) -> None:
     model, tx, state, (x, _) = started
-    with pytest.raises(ValueError, match='the state has batch_stats'):
+    with pytest.raises(ValueError, match='the state has batch_stats: pass training='):
         svd.shrink(model, state.replace(collections={'batch_stats': {}}), tx, x)
     with pytest.raises(ValueError, match='no unit is left'):
         svd.shrink(model, state, tx, x, threshold=-99.0)
+
+
+# --- Batch statistics -----------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """With a residual block, and a counter that training alone knows of."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        def normed(x: jax.Array) -> jax.Array:
+            return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+
+        if train:
+            self.variable('counts', 'steps', lambda: jnp.zeros(())).value += 1
+        x = normed(nn.Conv(6, (3, 3))(x))
+        inner = normed(nn.Conv(5, (3, 3))(x))
+        x += normed(nn.Conv(6, (3, 3), use_bias=False)(inner))
+        x = normed(nn.Conv(4, (3, 3), padding='VALID')(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = normed(nn.Dense(8)(x.reshape(len(x), -1)))
+        return nn.Dense(3)(x)
+
+
+class Stage(VGGLike):
+    """The first of the experiments' network; its KL is that of svd.apply."""
+
+    stages: Any = VGGLike.stages[:1]
+    width: float = 1 / 8
+    classes: int = 3
+    options: Any = (('weights', False),)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return super().__call__(x, not train)[0]
+
+
+class Case(NamedTuple):
+    """A network, and the units of its layers' inputs that are made noise alone."""
+
+    model: nn.Module
+    dead: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+
+CASES = {
+    # Of the channels that a sum makes both of its parts go, if no part has another reader.
+    'residual': Case(
+        Normed(),
+        {'Conv_1': [4], 'Conv_2': [0, 1], 'Conv_3': [4], 'Dense_0': [0, *range(1, 36, 4)]},
+        {
+            'Conv_0': (3, 3, 2, 5), 'Conv_1': (3, 3, 5, 3), 'Conv_2': (3, 3, 3, 5),
+            'Conv_3': (3, 3, 5, 3), 'Dense_0': (26, 8),
+        },
+    ),
+    'vgg': Case(
+        Stage(),
+        {'Conv_1': [0, 3, 4], 'Dense_0': range(3, 32, 8), 'Dense_1': [1, 60]},
+        {
+            'Conv_0': (3, 3, 2, 5), 'Conv_1': (3, 3, 5, 7), 'Dense_0': (28, 62),
+            'Dense_1': (62, 3),
+        },
+    ),
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """A training in progress, without noise: with it, that of what is removed is gone."""
+
+    case: Case
+    tx: optax.GradientTransformation
+    step: Any
+    state: svd.TrainState
+    batch: tuple[jax.Array, jax.Array]
+
+    def shrunk(self, state: svd.TrainState, threshold: Any = THRESHOLD) -> svd.Shrunk:
+        x, _ = self.batch
+        return svd.shrink(
+            self.case.model, state, self.tx, x[:1], threshold=threshold, train=False,
+            training=partial(self.case.model.apply, train=True, mutable=list(state.collections)),
+        )  # fmt: skip
+
+    def evaluated(self, model: Any, state: svd.TrainState) -> Any:
+        """What the network that would ship returns."""
+        return model.apply(left(state), self.batch[0], train=False)
+
+    def trained(self, model: Any, state: svd.TrainState) -> Any:
+        """The same in training, and the new collections."""
+        mutable = list(state.collections)
+        return model.apply(left(state), self.batch[0], train=True, mutable=mutable)
+
+
+def left(state: svd.TrainState) -> Any:
+    return {**state.collections, 'params': svd.sparsify(state.params, THRESHOLD)}
+
+
+@pytest.fixture(scope='module', params=CASES)
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    case = CASES[request.param]
+    # Of a bias before a normalisation the gradient is rounding alone, which Adam would enlarge.
+    tx = optax.sgd(0.05, momentum=0.9)
+    x = jax.random.normal(jax.random.key(0), (16, 5, 5, 2))
+    batch = x, jax.random.randint(jax.random.key(1), (16,), 0, 3)
+    variables = case.model.init(jax.random.key(2), x, train=True)
+    params = svd.variational(
+        variables['params'], (), groups=lambda path: None if 'Conv_0' in path else 'inputs'
+    )
+    state = svd.TrainState.create({**variables, 'params': params}, tx)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, 'standard_normal', lambda key, shape: jnp.zeros(shape))
+        step = normed_steps(case.model, tx)
+        for seed in range(2):
+            state, _ = step(state, batch, jax.random.key(seed))
+        yield Run(case, tx, step, killed(state, case.dead), batch)
+
+
+def normed_steps(model: Any, tx: optax.GradientTransformation) -> Any:
+    apply = partial(svd.apply, model, threshold=THRESHOLD, train=True)
+    return svd.make_train_step(apply, svd.classification_loss, tx, 16, threshold=THRESHOLD)
+
+
+def close(found: Any, wanted: Any) -> None:
+    def same(a: Any, b: Any) -> None:
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+    jax.tree.map(same, found, wanted)
+
+
+def test_batch_statistics_go_on_as_they_would_have(run: Run) -> None:
+    shrunk = run.shrunk(run.state)
+    shapes = {name: shrunk.state.params[name]['kernel'].shape for name in run.case.shapes}
+    assert shapes == run.case.shapes
+    step = normed_steps(shrunk.model, run.tx)
+    whole, small = jax.tree.map(jnp.array, (run.state, shrunk.state))
+    for seed in range(3):
+        key = jax.random.key(seed)
+        whole, wanted = run.step(whole, run.batch, jax.random.clone(key))
+        small, found = step(small, run.batch, key)
+        np.testing.assert_allclose(found['data_term'], wanted['data_term'], rtol=1e-4)
+    # Whether it is made smaller before the steps or after: all of it, statistics and moments too.
+    close(small, run.shrunk(whole).state)
+
+
+def test_the_whole_network_evaluates_as_the_smaller_one(run: Run) -> None:
+    model, (x, _) = run.case.model, run.batch
+    shrunk = run.shrunk(run.state)
+    close(run.evaluated(shrunk.model, shrunk.state), run.evaluated(model, run.state))
+    found, updates = run.trained(shrunk.model, shrunk.state)
+    close(found, run.trained(model, run.state)[0])
+    # With other statistics, as after a step.
+    moved = shrunk.state.replace(collections=updates)
+    whole, wanted = shrunk.expand(moved), run.evaluated(shrunk.model, moved)
+    assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, run.state)
+    close(run.evaluated(model, whole), wanted)
+    close(svd.compact(model, left(whole), x[:1], train=False)(x), wanted)
+    for threshold in (THRESHOLD, float('inf')):
+        again = run.shrunk(whole, threshold)
+        jax.tree.map(np.testing.assert_array_equal, again.state, moved)
+
+
+def test_a_smaller_network_with_batch_statistics_can_shrink_again(run: Run) -> None:
+    smaller, small, *_ = run.shrunk(run.state)
+    small = killed(small, {'Dense_0': [0, 2], 'Conv_1': [0]})
+    again = run._replace(case=run.case._replace(model=smaller)).shrunk(small)
+    assert again.report.multiply_adds[1] < again.report.multiply_adds[0]
+    close(run.evaluated(again.model, again.state), run.evaluated(smaller, small))
+    found, updates = run.trained(again.model, again.state)
+    close(found, run.trained(smaller, small)[0])
+    by_patches = again.model(left(again.state), run.batch[0], mutable=list(updates))
+    close(by_patches, (found, updates))
+
+
+@pytest.mark.parametrize('run', ['residual'], indirect=True)
+def test_constants_stay_since_batch_statistics_make_others_of_them(run: Run) -> None:
+    state = killed(run.state, {'Conv_2': range(5)})  # zero before the normalisation
+    shrunk = run.shrunk(state)
+    close(run.evaluated(shrunk.model, shrunk.state), run.evaluated(run.case.model, state))
+    found, updates = run.trained(shrunk.model, shrunk.state)
+    wanted, all_updates = run.trained(run.case.model, state)
+    close(found, wanted)
+    means = (each['batch_stats']['BatchNorm_2']['mean'] for each in (updates, all_updates))
+    close(next(means), jnp.delete(next(means), 4))
+    assert updates['counts']['steps'] == state.collections['counts']['steps'] + 1
+
+
+@pytest.mark.parametrize('run', ['residual'], indirect=True)
+def test_random_numbers_in_training_are_refused(run: Run) -> None:
+    x, _ = run.batch
+    model = Normed(dropout=0.5)
+    training = partial(
+        model.apply, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)}
+    )
+    with pytest.raises(ValueError, match='draws random numbers in training'):
+        svd.shrink(model, run.state, run.tx, x, training=training, train=False)
+
+
+def test_without_collections_nothing_is_mutable(started: Any) -> None:
+    model, tx, state, (x, _) = started
+    smaller, small, *_ = svd.shrink(model, state, tx, x, threshold=THRESHOLD)
+    with pytest.raises(ValueError, match='leave mutable out'):
+        smaller.apply(small.variables, x, mutable=['batch_stats'])
