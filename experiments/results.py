@@ -549,10 +549,10 @@ def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[st
     if name in published.UNITS:
         yield '### By whole units'
         yield (
-            'What is left: filters of each convolution, then inputs of each dense layer. How ours '
-            'are trained is in\n[units.md](units.md), how fast sparse networks are in '
-            '[inference.md](inference.md). The code of Structured Bayesian\nPruning keeps the '
-            'checkpoint of best test accuracy: its errors are optimistic.'
+            'What is left, layer by layer. How ours are trained is in [units.md](units.md), how '
+            'fast sparse networks are in\n[inference.md](inference.md). The code of Structured '
+            'Bayesian Pruning keeps the checkpoint of best test accuracy: its\nerrors are '
+            'optimistic.'
         )  # fmt: skip
         yield table([*units_rows(section, tested), *published_units(section)])
 
@@ -661,14 +661,16 @@ def _of(section: Section, summaries: list[tuple[Path, Summary]]) -> list[tuple[P
 def drawn(runs: list[Run]) -> list[Group]:
     """What a picture shows: errors on test sets of networks that have a weight left.
 
-    Whole units are not dropped for the sake of the number of weights.
+    Whole units are not dropped for the sake of the number of weights. Dense networks are shown
+    beside sparse ones only.
     """
-    return [
+    shown = [
         group for group in grouped(runs)
         if not group.first.earlier and not group.first.config.validation
         and group.first.config.groups != 'units'
         and None not in group.values('compression')
     ]  # fmt: skip
+    return shown if any(group.first.config.method != 'dense' for group in shown) else []
 
 
 def picture(section: Section, runs: list[Run], path: Path) -> None:
