@@ -256,8 +256,7 @@ def _only_trained(
 ) -> dict[Path, Units]:
     """All of the collections of which a function does not know: those are of training alone."""
     program = trace(function, variables, *example)
-    known = {operand for equation in program.equations for operand in equation.inputs
-             if isinstance(operand, int)}  # fmt: skip
+    known = {i for equation in program.equations for i in equation.inputs if isinstance(i, int)}
     return {
         path: everything(program.shapes[number].shape)
         for number, path in zip(program.inputs, network.paths(variables), strict=False)

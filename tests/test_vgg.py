@@ -208,6 +208,37 @@ def test_the_sparse_network_is_evaluated_and_shipped(sparse: Path, small: data.D
         assert summary[f'test_error{end}'] == pytest.approx(wanted, abs=100 / HELD_OUT)
 
 
+def test_units_go_as_it_trains_and_is_fine_tuned(small: data.Dataset) -> None:
+    options = vgg.Config(
+        k=FILTERS / 64, batch_size=40, epochs=1, fine_tune=1, learning_rate=0.02, groups='units',
+        shrink=1.1,
+    )  # fmt: skip
+    training = vgg.VGGTraining(vgg.models.VGGLike, options, small)
+    state = training.init()
+    params = state.params
+    assert [name for name in params if 'groups' in params[name]] == ['Conv_1', 'Dense_0', 'Dense_1']
+    # A filter of each convolution, and two neurons.
+    dead = {'Conv_1': [2], 'Dense_0': range(1, 16 * 16 * FILTERS, FILTERS), 'Dense_1': [0, 5]}
+    for name, units in dead.items():
+        scales = params[name]['groups']['inputs']
+        flat = scales['log_sigma2'].reshape(-1).at[np.asarray(units)].set(6.0)
+        scales['log_sigma2'] = flat.reshape(scales['log_sigma2'].shape)
+    before = jax.device_get(state)
+    images = normalised(small.test_images, small.train_images)
+    for epoch in (1, 2):
+        state, (row,) = training.epoch(state, epoch, lambda done: None)
+        for name, units in dead.items():
+            gone = state.params[name]['groups']['inputs']['scale'].reshape(-1) == 0
+            np.testing.assert_array_equal(np.flatnonzero(gone), units)
+        statistics = state.collections['batch_stats']['BatchNorm_0']['mean']
+        moved = statistics != before.collections['batch_stats']['BatchNorm_0']['mean']
+        np.testing.assert_array_equal(moved, np.arange(FILTERS) != 2)
+        left = svd.sparsify(state.params, options.thresholds)
+        logits = Plain().apply({**state.collections, 'params': left}, images)
+        wanted = percent_wrong(logits, small.test_labels)
+        assert row['test_error'] == pytest.approx(wanted, abs=100 / TEST)
+
+
 # --- Dropout --------------------------------------------------------------------------------------
 
 
