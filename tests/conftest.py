@@ -28,10 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope='module')
 def quick_compilation() -> Iterator[None]:
-    """For tests that compile much and compute little: half the time of the whole suite."""
+    """For tests that compile much and compute little: half the time of the whole suite.
+
+    The processes that such a test starts compile so, too: it may compare their bits with its own.
+    """
     before = jax.config.read('jax_disable_most_optimizations')
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', before)
-    # What was compiled so would go on being used, also where bits are compared.
+    # What was compiled otherwise would go on being used, here or later, also where bits are
+    # compared.
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
+        jax.config.update('jax_disable_most_optimizations', True)
+        yield
+        jax.config.update('jax_disable_most_optimizations', before)
     jax.clear_caches()
