@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Arrays of different ranks broadcast only where the code says so, and a typed key is used once.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -42,3 +44,26 @@ def quick_compilation() -> Iterator[None]:
         yield
         jax.config.update('jax_disable_most_optimizations', before)
     jax.clear_caches()
+
+
+def _configure_cache(options: dict[str, Any]) -> None:
+    compilation_cache.reset_cache()
+    for name, value in options.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope='module')
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tests that make alike runs in this process: what they have in common is compiled once.
+
+    Not for tests that look at stderr, where XLA speaks of it on some processors
+    (jax-ml/jax#38445), nor for several processes: JAX warns of what another has half written.
+    """
+    options = {
+        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+        'jax_persistent_cache_min_compile_time_secs': 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    _configure_cache(options)
+    yield
+    _configure_cache(before)

@@ -15,7 +15,7 @@ from experiments.config import Config
 from experiments.errors import UsageError
 from run_folders import main, metrics_of, params_of, summary_of, without_times
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 SHORT = ('--dataset', 'mnist5k', '--batch-size', '1000', '--checkpoint-seconds', '0')
 
 

@@ -55,7 +55,7 @@ def coloured(seed: int) -> data.Dataset:
 
 
 @pytest.fixture(scope='module', autouse=True)
-def small(quick_compilation: None) -> Iterator[data.Dataset]:
+def small(quick_compilation: None, compiled_once: None) -> Iterator[data.Dataset]:
     """A few images, and only the first stage of the network, which compiles in seconds."""
     dataset = coloured(0)
     first_stage = partial(VGGLike, stages=VGGLike.stages[:1])
