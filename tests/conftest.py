@@ -67,3 +67,11 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     _configure_cache(options)
     yield
     _configure_cache(before)
+
+
+@pytest.fixture(scope='module')
+def no_pictures() -> Iterator[None]:
+    """For runs of which other tests see the pictures: they take two seconds for every network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('experiments.pictures.write_all', lambda *_: None)
+        yield
