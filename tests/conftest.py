@@ -1,6 +1,7 @@
 """Strict settings for every test: what JAX would let pass in silence is an error here."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,9 +24,23 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('default')
 
 
+# Files of few tests that take long. `--dist loadfile` begins with the files of most tests: it would
+# come to these last, and end with one worker in one of them and the others idle.
+LONG = (
+    'test_notebooks.py', 'test_flax_models.py', 'test_models.py', 'test_training_page.py',
+    'test_pages.py', 'test_shrinking.py',
+)  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Prepended, so that what pyproject.toml lists may still make exceptions.
     config.getini('filterwarnings').insert(0, 'error')
+    config.option.loadscopereorder = False  # but as below
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path], item.path))
 
 
 @pytest.fixture(scope='module')
