@@ -1,11 +1,14 @@
 """Strict settings for every test: what JAX would let pass in silence is an error here."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Arrays of different ranks broadcast only where the code says so, and a typed key is used once.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -21,17 +24,69 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('default')
 
 
+# Files of few tests that take long. `--dist loadfile` begins with the files of most tests: it would
+# come to these last, and end with one worker in one of them and the others idle.
+LONG = (
+    'test_notebooks.py', 'test_flax_models.py', 'test_models.py', 'test_training_page.py',
+    'test_pages.py', 'test_shrinking.py',
+)  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Prepended, so that what pyproject.toml lists may still make exceptions.
     config.getini('filterwarnings').insert(0, 'error')
+    config.option.loadscopereorder = False  # but as below
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path], item.path))
 
 
 @pytest.fixture(scope='module')
 def quick_compilation() -> Iterator[None]:
-    """For tests that compile much and compute little: half the time of the whole suite."""
+    """For tests that compile much and compute little: half the time of the whole suite.
+
+    The processes that such a test starts compile so, too: it may compare their bits with its own.
+    """
     before = jax.config.read('jax_disable_most_optimizations')
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', before)
-    # What was compiled so would go on being used, also where bits are compared.
+    # What was compiled otherwise would go on being used, here or later, also where bits are
+    # compared.
     jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
+        jax.config.update('jax_disable_most_optimizations', True)
+        yield
+        jax.config.update('jax_disable_most_optimizations', before)
+    jax.clear_caches()
+
+
+def _configure_cache(options: dict[str, Any]) -> None:
+    compilation_cache.reset_cache()
+    for name, value in options.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope='module')
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tests that make alike runs in this process: what they have in common is compiled once.
+
+    Not for tests that look at stderr, where XLA speaks of it on some processors
+    (jax-ml/jax#38445), nor for several processes: JAX warns of what another has half written.
+    """
+    options = {
+        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+        'jax_persistent_cache_min_compile_time_secs': 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    _configure_cache(options)
+    yield
+    _configure_cache(before)
+
+
+@pytest.fixture(scope='module')
+def no_pictures() -> Iterator[None]:
+    """For runs of which other tests see the pictures: they take two seconds for every network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('experiments.pictures.write_all', lambda *_: None)
+        yield

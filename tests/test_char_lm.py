@@ -24,7 +24,7 @@ from run_folders import (
     without_times,
 )
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 LENGTH = 8
 SHORT = ('--length', str(LENGTH), '--width', '8', '--batch-size', '50', '--checkpoint-seconds', '0')
 MODELS = [LSTM(7, embedding=5, width=6), Transformer(7, width=8, depth=2, heads=2, length=LENGTH)]

@@ -18,6 +18,8 @@ from experiments.config import Config, command_line
 from experiments.errors import UsageError
 from run_folders import ROOT, main, metrics_of, params_of, summary_of
 
+pytestmark = pytest.mark.usefixtures('no_pictures')
+
 
 def run_lenet300(out: Path, *options: str) -> dict:
     """Trains in this process, from the command line on; returns the summary."""

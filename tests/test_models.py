@@ -1,5 +1,6 @@
 """The paper's networks: their weights, and that a training step moves them."""
 
+import functools
 import itertools
 
 import jax
@@ -40,7 +41,9 @@ def test_networks_have_the_weights_of_the_paper(network, size, weights):
 def test_vgg_trains_evaluates_and_ships(quick_compilation):
     network, tx = VGGLike(width=1 / 32, classes=3), optax.adam(1e-3)
     x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
-    state = svd.TrainState.create(network.init(jax.random.key(1), x), tx)
+    # Operation by operation, each of so many layers would compile its own.
+    evaluate = jax.jit(functools.partial(network.apply, deterministic=True))
+    state = svd.TrainState.create(jax.jit(network.init)(jax.random.key(1), x), tx)
     before = jax.device_get((state.params, state.collections))
     step = svd.make_train_step(network.apply, svd.classification_loss, tx, num_data=4)
     state, metrics = step(state, (x, jnp.asarray([0, 1, 2, 0])), jax.random.key(2))
@@ -52,8 +55,8 @@ def test_vgg_trains_evaluates_and_ships(quick_compilation):
     )  # fmt: skip
     assert all(jax.tree.leaves(moved))
     sparse = {'params': svd.sparsify(state.params), **state.collections}
-    logits, kl = network.apply(sparse, x, deterministic=True)
+    logits, kl = evaluate(sparse, x)
     assert logits.shape == (4, 3)
     assert kl == 0
-    masked, _ = network.apply({'params': state.params, **state.collections}, x, deterministic=True)
+    masked, _ = evaluate({'params': state.params, **state.collections}, x)
     np.testing.assert_allclose(logits, masked, rtol=1e-5)

@@ -30,8 +30,9 @@ def test_runs(path, monkeypatch, tmp_path):
         cell.outputs = []
         # Long enough to have been run: what comes of a whole training is in the committed outputs.
         cell.source = re.sub(
-            r'^(EPOCHS\b[^=\n]* = )\d+', r'\g<1>2', cell.source, flags=re.MULTILINE
-        )
+            r'(^epochs\b[^=\n]* = |\bepochs=)\d+', r'\g<1>2', cell.source,
+            flags=re.MULTILINE | re.IGNORECASE,
+        )  # fmt: skip
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': path.parent}}
     )

@@ -25,7 +25,7 @@ from run_folders import (
     without_times,
 )
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once', 'no_pictures')
 SHORT = (
     '--dataset', 'mnist5k', '--width', '32', '--epochs', '2', '--batch-size', '500',
     '--checkpoint-seconds', '0',

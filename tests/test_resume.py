@@ -29,8 +29,11 @@ from run_folders import ROOT, main, metrics_of, state_of, summary_of, without_ti
 EXPERIMENT = os.environ.get('SVD_JAX_KILL_EXPERIMENT', 'lenet300')
 EPOCHS = int(os.environ.get('SVD_JAX_KILL_EPOCHS', 3))
 KILLS = int(os.environ.get('SVD_JAX_KILLS', 2))
-# When one array cannot be read, orbax drops the coroutines that read the others.
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+pytestmark = [
+    pytest.mark.usefixtures('quick_compilation'),
+    # When one array cannot be read, orbax drops the coroutines that read the others.
+    pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
+]
 
 Process = subprocess.Popen[bytes]
 
