@@ -489,9 +489,11 @@ class Training:
         """The architecture that is left, where units are random."""
         if self.config.groups == 'none':
             return
+        directory = folder / 'pictures'
+        directory.mkdir(exist_ok=True)
         left = units(params, self.config.thresholds)
         named = {group.replace('/groups/', ' '): kept for group, kept in left.items()}
-        pictures.units(jax.device_get(named), folder / 'pictures' / 'units.png')
+        pictures.units(jax.device_get(named), directory / 'units.png')
 
     def _ship(self, folder: Path, state: svd.TrainState) -> dict[str, Any]:
         """Writes what is left, exactly: the variables, or the parameters if those are all."""

@@ -429,7 +429,7 @@ def collapse(params: PyTree, function: Callable[[Weight], Any], where: Where = N
     randoms(params)
     chosen = selector(where, weight_paths(params))
     gone, left = (
-        {s.group for w in weights(params) if chosen(w.path) is is_chosen for s in w.scales}
+        {s.group for w in weights(params) if bool(chosen(w.path)) is is_chosen for s in w.scales}
         for is_chosen in (True, False)
     )
     if gone & left:

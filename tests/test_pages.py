@@ -9,6 +9,7 @@ from pages import ROOT, code_blocks, dead_links
 DOCS = ROOT / 'docs'
 
 
+@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize('page', ['any_model.md', 'units.md'])
 def test_the_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """Scales that several layers share: one draw, one KL divergence, one decision for all of them."""
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -208,6 +209,10 @@ def test_nnx_models_have_them_too() -> None:
         (lambda p: svd.variational(p, groups={'^a/': svd.Shared(7, ('a', 'b'))}), '7 is no axis'),
         (
             lambda p: svd.sample(two(), jax.random.key(0), '^a/'),
+            'would go with some of the weights that share it',
+        ),
+        (
+            lambda p: svd.sample(two(), jax.random.key(0), re.compile('^a/').search),
             'would go with some of the weights that share it',
         ),
         (

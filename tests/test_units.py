@@ -19,7 +19,7 @@ from run_folders import (
     without_times,
 )
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once', 'no_pictures')
 # From noise of half the scales' size, at a rate that drops units in a few steps.
 OPTIONS = (
     '--dataset', 'mnist5k', '--batch-size', '500', '--checkpoint-seconds', '0',
@@ -44,6 +44,7 @@ def shrunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_summary_tells_the_units_that_are_left_and_the_work(shrunk: Path) -> None:
     summary = summary_of(shrunk)
     assert summary['groups'] == 'units'
+    assert (shrunk / 'pictures' / 'units.png').stat().st_size > 0
     units = summary['units']
     assert {name: total for name, (_, total) in units.items()} == {
         'Dense_0 inputs': 784, 'Dense_1 inputs': 500, 'Dense_2 inputs': 300,
