@@ -18,7 +18,7 @@ from experiments import augment, budget, data, pictures
 from experiments.config import Config
 from experiments.errors import UsageError
 from experiments.stream import prefetch
-from svd_jax.convention import weights
+from svd_jax.convention import name_of, weights
 from svd_jax.tree import units
 
 # Steps per dispatch: few enough for a lively progress bar, enough to hide the dispatch.
@@ -492,7 +492,7 @@ class Training:
         directory = folder / 'pictures'
         directory.mkdir(exist_ok=True)
         left = units(params, self.config.thresholds)
-        named = {group.replace('/groups/', ' '): kept for group, kept in left.items()}
+        named = {name_of(group): kept for group, kept in left.items()}
         pictures.units(jax.device_get(named), directory / 'units.png')
 
     def _ship(self, folder: Path, state: svd.TrainState) -> dict[str, Any]:

@@ -153,6 +153,11 @@ def is_shared(group: str) -> bool:
     return AND in group.rpartition('/')[2]
 
 
+def name_of(group: str) -> str:
+    """What a group is called where it is shown: by its layer, as ``'Conv_0 outputs'``."""
+    return group.replace(f'{GROUPS}/', ' ').replace('/ ', ' ').strip()
+
+
 def _shared_by(group: str) -> list[str]:
     """The names of the layers that share scales, by that of their group."""
     return group.partition(':')[0].split(AND)

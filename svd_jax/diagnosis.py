@@ -257,9 +257,10 @@ def diagnose(
 
 def _units(params: PyTree, threshold: tree.PerPath) -> dict[str, Counts]:
     left = jax.device_get(tree.units(params, threshold))
-    names = (path.replace(f'{convention.GROUPS}/', ' ').replace('/ ', ' ').strip() for path in left)
-    counts = (Counts(int(found.sum()), found.size) for found in left.values())
-    return dict(zip(names, counts, strict=True))
+    return {
+        convention.name_of(group): Counts(int(found.sum()), found.size)
+        for group, found in left.items()
+    }
 
 
 class _Layer(NamedTuple):

@@ -428,10 +428,11 @@ def collapse(params: PyTree, function: Callable[[Weight], Any], where: Where = N
     """
     randoms(params)
     chosen = selector(where, weight_paths(params))
-    gone, left = (
-        {s.group for w in weights(params) if bool(chosen(w.path)) is is_chosen for s in w.scales}
-        for is_chosen in (True, False)
-    )
+    gone: set[str] = set()
+    left: set[str] = set()
+    for weight in weights(params):
+        groups = gone if chosen(weight.path) else left
+        groups.update(scale.group for scale in weight.scales)
     if gone & left:
         raise ValueError(
             f'{", ".join(sorted(gone & left))} would go with some of the weights that share it '
