@@ -134,6 +134,9 @@ class TextTraining(Training):
             threshold=self.config.threshold if self.config.mask_in_training else None, **options,
         )  # fmt: skip
 
+    def _shipped(self, variables: Any, inputs: jax.Array) -> jax.Array:
+        return self.model.apply(variables, inputs)
+
     @partial(jax.jit, static_argnums=0)
     def _totals(
         self, variables: Any, inputs: jax.Array, targets: jax.Array
@@ -142,7 +145,7 @@ class TextTraining(Training):
 
         def totals(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             inputs, targets = batch
-            logits = self.model.apply(variables, inputs).astype(jnp.float32)
+            logits = self._shipped(variables, inputs).astype(jnp.float32)
             counted = targets >= 0
             nats = optax.softmax_cross_entropy_with_integer_labels(
                 logits, jnp.where(counted, targets, 0)

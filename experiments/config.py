@@ -31,6 +31,9 @@ class Config:
     fine_tune: int = 0
     """Passes after these in which the weights that are left train on, without noise and KL, at a
     learning rate that falls from LEARNING_RATE to 0 again."""
+    distil: float = 0.0
+    """Share of the loss in these that is not of the labels, but of the predictions of the dense
+    network that --pretrained names, at a temperature of 4 (Hinton et al. 2015)."""
     seed: int = 0
     """Of the initial weights, the noise and the order of the examples."""
     seeds: int = 1
@@ -122,6 +125,11 @@ class Config:
             self.shrink is None
             or (self.method == 'svd' and self.seeds == len(self.kl_weight) == 1), 'shrink',
             'is for --method svd, one network at a time',
+        )  # fmt: skip
+        require(0 <= self.distil <= 1, 'distil', 'must lie between 0 and 1')
+        require(
+            not self.distil or (self.fine_tune > 0 and self.pretrained is not None), 'distil',
+            'needs --fine-tune and the dense network of --pretrained',
         )  # fmt: skip
         require(self.log_sigma2_rate > 0, 'log_sigma2_rate', 'must be above 0')
         require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')

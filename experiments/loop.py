@@ -41,7 +41,7 @@ _EACH = (
 
 def run(
     experiment: str,
-    network: type[nn.Module],
+    network: Callable[..., nn.Module],
     config: Config,
     make_training: Callable[..., Training] = Training,
 ) -> dict[str, Any]:
@@ -244,6 +244,8 @@ def _start(
 ) -> tuple[svd.TrainState, int, float]:
     """The state to start from, the epochs it has behind it and the seconds they took."""
     config = training.config
+    if config.distil:
+        training.teacher = _dense_variables(experiment, training, console)
     if config.resume:
         restored = checkpoints.restore(like=training.init())
         if restored is not None:
@@ -256,8 +258,15 @@ def _start(
             )
             return state, done, facts['seconds']
         console.print('no checkpoint yet: starting from the beginning')
-    if config.pretrained is None:
-        return training.init(), 0, 0.0
+    dense = training.teacher
+    if config.pretrained is not None and dense is None:
+        dense = _dense_variables(experiment, training, console)
+    return training.init(dense), 0, 0.0
+
+
+def _dense_variables(experiment: str, training: Training, console: Console) -> Any:
+    """Of the dense network that ``pretrained`` names."""
+    config = training.config
     folder = config.pretrained / 'checkpoints'
     advice = (
         f'give --pretrained the output folder of `python -m experiments.{experiment} '
@@ -269,8 +278,8 @@ def _start(
     if found is None:
         raise UsageError(f'no checkpoint in {folder}: {advice}')
     dense, facts = found
-    _warn(console, f'starting from the dense weights after epoch {facts["epoch"]} in {folder}')
-    return training.init(dense.variables), 0, 0.0
+    _warn(console, f'dense weights: those after epoch {facts["epoch"]} in {folder}')
+    return dense.variables
 
 
 def _say(console: Console, out: Path, params: Any, config: Config, summary: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from experiments.summaries import (
     but_for_seed,
     command,
     defaults_of,
+    flags,
     grouped,
     make_run,
     read,
@@ -570,6 +571,42 @@ def on_held_out(section: Section, runs: list[Run]) -> Iterator[str]:
     units = units_rows(section, runs)
     if units:
         yield table(units)
+    options = worth_rows(runs)
+    if options:
+        yield '### What one more option is worth'
+        yield (
+            'Of the networks above, those that differ in one option alone: error and compression '
+            'without and with it.'
+        )
+        yield table(options)
+
+
+def worth_rows(runs: list[Run]) -> list[Cells]:
+    """Pairs of Sparse VD networks, trained as long, of which one has one option more."""
+    sparse = [group for group in grouped(runs) if group.first.config.method == 'svd']
+    rows = []
+    for without, with_it in itertools.permutations(sparse, 2):
+        few, more = (group.changed_but('validation') for group in (without, with_it))
+        alike = [
+            (group.first.config.epochs, group.first.config.validation, group.seeds)
+            for group in (without, with_it)
+        ]  # fmt: skip
+        if alike[0] != alike[1] or len(more) != len(few) + 1 or not few.items() <= more.items():
+            continue
+        added = {name: value for name, value in more.items() if name not in few}
+        shown = {
+            heading: ' → '.join(show(group.values(field)) for group in (without, with_it))
+            for heading, field, show in (
+                (ERROR, 'test_error', lambda values: mean_sd(values, 2)),
+                (COMPRESSION, 'compression', compression),
+            )
+        }
+        rows.append({
+            'option': f'`{" ".join(flags(added))}`',
+            'beside': f'`{" ".join(flags(few))}`' if few else "the paper's recipe",
+            'epochs': str(with_it.first.config.epochs), 'seeds': seeds(with_it.seeds), **shown,
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: (row['option'], -int(row['epochs']), row['beside']))
 
 
 def study(section: Section, summaries: list[Summary]) -> Iterator[str]:

@@ -143,9 +143,13 @@ class Group(NamedTuple):
 
     def options_but(self, *names: str) -> str:
         """These options without some, which something else tells."""
+        return ' '.join(flags(self.changed_but(*names)))
+
+    def changed_but(self, *names: str) -> dict[str, Any]:
+        """The same by name, with their values."""
         known = ('dataset', 'data_dir', 'out', 'epochs', 'seed', 'seeds', 'method', *names)
         values = changed(self.first.config, self.experiment)
-        return ' '.join(flags({k: v for k, v in values.items() if k not in known}))
+        return {k: v for k, v in values.items() if k not in known}
 
     @property
     def seeds(self) -> list[int]:

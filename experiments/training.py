@@ -1,7 +1,7 @@
 """The compiled parts of a run, with the data on the device; one network or several at once."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jax import lax
 import svd_jax as svd
 from experiments import augment, budget, data, pictures
 from experiments.config import Config
+from experiments.distillation import distillation_loss
 from experiments.errors import UsageError
 from experiments.stream import prefetch
 from svd_jax.convention import name_of, weights
@@ -44,17 +45,21 @@ class Training:
       steps: of an epoch.
       followed_on: what the errors after each epoch are measured on.
       evaluated_on: what those of the summary are.
+      teacher: variables of the dense network to learn from in fine-tuning, with ``distil``.
     """
 
     followed_on: str
     evaluated_on: str
+    teacher: Any = None
     # What there is depends on the kind of data.
     dataset: Any
     model: Any
     _resident: Any
     _test: Any
 
-    def __init__(self, network: type[nn.Module], config: Config, dataset: data.Dataset) -> None:
+    def __init__(
+        self, network: Callable[..., nn.Module], config: Config, dataset: data.Dataset
+    ) -> None:
         self.dataset = dataset
         options = {
             'log_sigma2_init': config.log_sigma2_init,
@@ -298,9 +303,13 @@ class Training:
 
     @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
     def _chunk(
-        self, fine_tune: bool, smaller: Any, state: svd.TrainState, resident: Any, *each: Any
+        self, fine_tune: bool, smaller: Any, state: svd.TrainState, shared: Any, *each: Any
     ) -> tuple[svd.TrainState, dict[str, jax.Array]]:
-        """Some steps; ``each`` network has its own batches, keys and KL weights."""
+        """Some steps; ``each`` network has its own batches, keys and KL weights.
+
+        What they share is the data on the device and, if they learn from one, the dense network.
+        """
+        resident, teacher = shared
 
         def chunk(
             state: svd.TrainState,
@@ -313,7 +322,9 @@ class Training:
                 partial(self._apply_left, smaller)
                 if fine_tune
                 else partial(self._apply_weighted, smaller, group_weights),
-                svd.classification_loss,
+                svd.classification_loss
+                if teacher is None
+                else distillation_loss(self.config.distil),
                 self._fine_tx if fine_tune else self.tx,
                 num_data=self._num_data,
                 num_samples=self.config.num_samples,
@@ -324,6 +335,8 @@ class Training:
             def step(state: svd.TrainState, given: tuple[Any, jax.Array]) -> Any:
                 batch, key = given
                 inputs, targets, key = self._batch(resident, batch, key)
+                if teacher is not None:
+                    targets = targets, self._shipped(teacher, inputs)
                 return take_step(state, (inputs, targets), key)
 
             return lax.scan(step, state, (batches, keys))
@@ -386,7 +399,7 @@ class Training:
                 fine_tune,
                 shrunk.model if shrunk else None,
                 state,
-                self._resident,
+                (self._resident, self.teacher if fine_tune else None),
                 batches,
                 keys[:, part],
                 kl_weights,

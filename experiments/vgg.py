@@ -14,6 +14,8 @@ CIFAR-100; here it is the 100 fine ones.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,12 +52,13 @@ class Config(config.Config):
 class VGGTraining(Training):
     """Normalises each channel of the images; dropout is for dense networks alone."""
 
-    def __init__(self, network: type[nn.Module], options: Config, dataset: data.Dataset) -> None:
+    def __init__(
+        self, network: Callable[..., nn.Module], options: config.Config, dataset: data.Dataset
+    ) -> None:
         super().__init__(network, options, dataset)
         self.model = self.model.clone(
-            width=options.k,
             classes=CLASSES[dataset.name],
-            dropout=0.0 if self.variational else options.dropout,
+            dropout=0.0 if self.variational else self.model.dropout,
         )
         mean, sd = data.channel_mean_sd(dataset.train_images)
         self._mean, self._sd = (jnp.asarray(each)[None, None, None] for each in (mean, sd))
@@ -73,7 +76,8 @@ DEFAULTS = Config(decay_from=0.5, shift=4, flip=True)
 
 
 def run(options: Config) -> None:
-    loop.run('vgg', models.VGGLike, options, VGGTraining)
+    network = partial(models.VGGLike, width=options.k, dropout=options.dropout)
+    loop.run('vgg', network, options, VGGTraining)
 
 
 if __name__ == '__main__':

@@ -150,7 +150,7 @@ def test_dense_then_pretrained(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
     capfd.readouterr()
     run_lenet300(sparse, '--pretrained', str(dense), *few)
-    assert 'starting from the dense weights after epoch 1' in capfd.readouterr().out
+    assert 'dense weights: those after epoch 1' in capfd.readouterr().out
     frame = np.load(sparse / 'frames' / '00000.npz')
     kernel = params['Dense_0']['kernel']
     log_alpha = -10.0 - np.log(np.float64(kernel) ** 2)

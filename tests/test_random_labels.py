@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import data, random_labels
+from experiments import data, models, random_labels
 from experiments.config import fingerprint
 from experiments.errors import UsageError
 from run_folders import (
@@ -142,7 +143,7 @@ def test_only_the_dense_network_has_dropout(digits: data.Dataset) -> None:
         ('dense', 0.5, True), ('dense', 0.0, False), ('svd', 0.5, False),
     ):  # fmt: skip
         options = random_labels.Config(method=method, width=16, dropout=dropout)
-        training = random_labels.MemoryTraining(options, digits)
+        training = random_labels.make_training(options, digits)
         # Dense weights either way, so that nothing but dropout is random.
         params = training.dense_state().params
         a, b = (
@@ -275,9 +276,50 @@ def test_dropout_learns_by_heart(tmp_path: Path) -> None:
     assert summary['test_error'] > 80
 
 
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> data.Dataset:
+    """Images of CIFAR's shape, and of the VGG-like network its first stage alone."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (150, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(10, size=150, dtype=np.int32)
+    dataset = data.Dataset('cifar10', images[:100], labels[:100], images[100:], labels[100:])
+    first_stage = partial(models.VGGLike, stages=models.VGGLike.stages[:1])
+    monkeypatch.setattr(random_labels.models, 'VGGLike', first_stage)
+    monkeypatch.setattr(random_labels.data, 'load', lambda *_: dataset)
+    return dataset
+
+
+VGG = ('--dataset', 'cifar10', '--k', '0.0625', '--batch-size', '50')
+
+
+def test_on_cifar_the_vgg_like_network_learns_by_heart(
+    tmp_path: Path, colours: data.Dataset
+) -> None:
+    options = (*VGG, '--method', 'dense', '--epochs', '12', '--learning-rate', '0.005')
+    out = tmp_path / 'run'
+    summary = run(out, *options)
+    assert {'Conv_0', 'Conv_1', 'BatchNorm_0', 'Dense_0', 'Dense_1'} < set(params_of(out))
+    assert summary['train_error'] < 10
+    assert summary['test_error'] > 75
+
+
+def test_on_cifar_sparse_vd_drops_every_weight(tmp_path: Path, colours: data.Dataset) -> None:
+    strong = (
+        '--kl-weight', '1000', '--warmup', '0', '0', '--learning-rate', '0.05',
+        '--log-sigma2-init', '-3', '--log-sigma2-rate', '2',
+    )  # fmt: skip
+    summary = run(tmp_path / 'run', *VGG, *strong, '--epochs', '20')
+    assert summary['nonzero'] == 0
+    drawn = random_labels.with_random_labels(colours, 0)
+    bias = params_of(tmp_path / 'run')['Dense_1']['bias']
+    others = np.mean(drawn.train_labels != np.argmax(bias))
+    assert summary['train_error'] == pytest.approx(100 * others)
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
+        ({'k': 0.001}, '--k must be above 1/128'),
         ({'label_seed': -1}, '--label-seed must lie between 0 and'),
         ({'width': 0}, '--width must be at least 1'),
         ({'width': 6.5}, '--width must be a whole number'),

@@ -222,6 +222,28 @@ def test_errors_on_held_out_images_are_not_taken_for_test_errors(folder):
     assert '--validation 5000' in compared.partition('```bash')[2]
 
 
+def test_what_one_more_option_is_worth(folder):
+    """Of two networks that differ in one option, and of no others."""
+    config = json.loads(LENET5.read_text())['config'] | {'validation': 5000}
+    for name, error, ratio, options in (
+        ('paper', 1.25, 100.0, {}),
+        ('shifted', 1.0, 80.0, {'shift': 1}),
+        ('more', 1.5, 200.0, {'shift': 1, 'kl_weight': [3.0]}),
+        ('longer', 0.5, 90.0, {'shift': 2, 'epochs': 300}),
+        ('other', 1.1, 85.0, {'shift': 1, 'kl_weight': [3.0], 'flip': True, 'fine_tune': 2}),
+    ):
+        edited(
+            folder / f'results/{name}.json', config=config | options, test_error=error,
+            compression=ratio, evaluated_on='5000 held out',
+        )  # fmt: skip
+    _, _, found = section(written(folder), 'LeNet-5-Caffe on MNIST').partition('### What one more')
+    rows = [line.split(' | ') for line in found.partition('###')[0].splitlines() if '→' in line]
+    assert [(row[0], row[1], *row[-2:]) for row in rows] == [
+        ('| `--kl-weight 3`', '`--shift 1`', '1.00 → 1.50', '80.0 → 200.0 |'),
+        ('| `--shift 1`', "the paper's recipe", '1.25 → 1.00', '100.0 → 80.0 |'),
+    ]
+
+
 def test_a_network_without_weights(folder):
     edited(folder / 'results' / LENET5.name, compression=None, nonzero=0)
     assert 'no weight left (1 of 1)' in section(written(folder), 'LeNet-5-Caffe on MNIST')

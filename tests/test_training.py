@@ -141,6 +141,9 @@ def test_one_of_several_dense_networks_is_a_start(tmp_path: Path) -> None:
         ({'kl_weight': (float('nan'),)}, '--kl-weight needs finite numbers'),
         ({'kl_weight': (2.0,), 'method': 'dense'}, '--kl-weight is for --method svd'),
         ({'fine_tune': -1}, '--fine-tune must be at least 0'),
+        ({'distil': 1.5, 'fine_tune': 1, 'pretrained': Path('dense')}, '--distil must lie between'),
+        ({'distil': 0.5, 'fine_tune': 1}, '--distil needs --fine-tune and the dense network of'),
+        ({'distil': 0.5, 'pretrained': Path('dense')}, '--distil needs --fine-tune and'),
         ({'fine_tune': 1, 'method': 'dense'}, '--fine-tune is for --method svd'),
     ],
 )
@@ -170,11 +173,23 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(
         assert 0 < distance < 0.02, name
 
 
-def test_fine_tuning_trains_what_is_left_by_plain_adam(tmp_path: Path) -> None:
+@pytest.fixture(scope='module')
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp('dense') / 'run'
+    run(out, '--method', 'dense', '--epochs', '1')
+    return out
+
+
+@pytest.mark.parametrize('share', [0.0, 0.5])
+def test_fine_tuning_trains_what_is_left_by_plain_adam(
+    tmp_path: Path, dense: Path, share: float
+) -> None:
+    """Of the labels, and of the predictions of the dense network."""
     out = tmp_path / 'out'
     # In so few epochs only noisy weights are dropped.
-    run(out, '--epochs', '2', '--fine-tune', '1', '--log-sigma2-init', '-5')
-    before, after = params_of(out, 2), params_of(out, 3)
+    fine_tune = ('--fine-tune', '1', '--pretrained', str(dense), '--distil', str(share))
+    run(out, '--epochs', '2', '--log-sigma2-init', '-5', *fine_tune)
+    before, after, teacher = params_of(out, 2), params_of(out, 3), params_of(dense, 1)
     dataset = data.load('mnist5k')
     images = dataset.train_images.astype(np.float32).reshape(len(dataset.train_labels), -1) / 255
     images -= images.mean(0)
@@ -187,11 +202,19 @@ def test_fine_tuning_trains_what_is_left_by_plain_adam(tmp_path: Path) -> None:
         }
         return {k: jnp.where(dropped[k] < 3, v['kernel'], 0) for k, v in params.items()}
 
-    def loss(params: dict, x: np.ndarray, y: np.ndarray) -> jax.Array:
-        for name, kernel in left(params).items():
+    def logits(params: dict, kernels: dict, x: np.ndarray) -> jax.Array:
+        for name, kernel in kernels.items():
             x = x @ kernel + params[name]['bias'][None]
             x = x if name == 'Dense_2' else jax.nn.relu(x)
-        return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
+        return x
+
+    def loss(params: dict, x: np.ndarray, y: np.ndarray) -> jax.Array:
+        ours = logits(params, left(params), x)
+        theirs = logits(teacher, {k: v['kernel'] for k, v in teacher.items()}, x)
+        hard = optax.softmax_cross_entropy_with_integer_labels(ours, y).mean()
+        # Cross-entropy in place of the KL divergence: the same gradient.
+        soft = optax.softmax_cross_entropy(ours / 4, jax.nn.softmax(theirs / 4)).mean()
+        return (1 - share) * hard + share * 16 * soft
 
     tx = optax.adam(lambda step: 1e-3 * (1 - step / steps), eps=1e-8 / len(images))
     params, state = before, tx.init(before)
@@ -211,11 +234,14 @@ def test_fine_tuning_trains_what_is_left_by_plain_adam(tmp_path: Path) -> None:
     assert [row['kl_weight'] == 0 for row in metrics_of(out)] == [False, False, True]
     summary = summary_of(out)
     assert summary['epochs'] == 2
-    assert summary['config']['fine_tune'] == 1
+    assert (summary['config']['fine_tune'], summary['config']['distil']) == (1, share)
 
 
-def test_stopped_before_fine_tuning_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    options = ('--epochs', '1', '--fine-tune', '1', '--seeds', '2')
+def test_stopped_before_fine_tuning_it_ends_with_the_same_bits(tmp_path: Path, dense: Path) -> None:
+    options = (
+        '--epochs', '1', '--fine-tune', '1', '--seeds', '2',
+        '--pretrained', str(dense), '--distil', '1',
+    )  # fmt: skip
     run(tmp_path / 'whole', *options)
     out = shutil.copytree(tmp_path / 'whole', tmp_path / 'stopped')
     shutil.rmtree(out / 'checkpoints' / '2')
