@@ -1,7 +1,21 @@
-"""How much the KL divergences of units must count for a network to become so much smaller."""
+"""A network for a given amount of work: how hard to pull towards it, and how to end within it."""
+
+import bisect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import svd_jax as svd
+from svd_jax.convention import GROUPS, LOG_SIGMA2
 
 # By when the budget is to be met, as a share of the epochs: the rest is for what is left to learn.
 _MET_AFTER = 0.7
+# Added to log variances of units that are dropped: far above any threshold, whatever the family.
+_NOISE = 20.0
 
 
 def kl_factor(share: float, budget: float, progress: float) -> float:
@@ -21,3 +35,56 @@ def kl_factor(share: float, budget: float, progress: float) -> float:
     """
     wanted = budget ** min(1.0, progress / _MET_AFTER)
     return (share / wanted) ** 2
+
+
+def within(params: Any, share: Callable[[Any], float], budget: float) -> Any:
+    """The parameters without the noisiest units, as many as are too many for the budget.
+
+    No group loses its last unit: there, the budget may be missed.
+
+    Args:
+      params: a variational tree with scales of units.
+      share: of the dense network's work that is left with such parameters.
+      budget: the share that may be left.
+
+    Returns:
+      The tree, with log variances of units raised until the units count as dropped.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import svd_jax as svd
+      >>> from experiments import budget
+      >>> params = {'Dense_0': {'kernel': jnp.ones((3, 2))}}
+      >>> params = svd.variational(params, where=(), groups='inputs')
+      >>> noise = jnp.asarray([[-1.0], [-3.0], [-2.0]])
+      >>> params['Dense_0']['groups']['inputs']['log_sigma2'] = noise
+      >>> def share(params):
+      ...     (units,) = svd.sparsity(params, threshold=1.0).units.values()
+      ...     return units.nonzero / units.total
+      >>> params = budget.within(params, share, budget=0.7)
+      >>> params['Dense_0']['groups']['inputs']['log_sigma2'].ravel().tolist()
+      [19.0, -3.0, -2.0]
+    """
+    if share(params) <= budget:
+        return params
+    noise = {
+        (*path[:-1], LOG_SIGMA2): log_alpha
+        for path, log_alpha in flatten_dict(svd.log_alpha(params)).items()
+        if GROUPS in path
+    }
+    levels = np.unique(np.concatenate([np.ravel(each) for each in noise.values()]))[::-1]
+
+    def without(level: float) -> Any:
+        """Without the units at a level of noise or above it."""
+
+        def raised(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+            if path not in noise:
+                return leaf
+            dropped = (noise[path] >= level) & (noise[path] > noise[path].min())
+            return jnp.where(dropped, leaf + _NOISE, leaf)
+
+        return unflatten_dict({path: raised(path, leaf) for path, leaf in flat.items()})
+
+    flat = flatten_dict(params)
+    first = bisect.bisect_left(levels, True, key=lambda level: share(without(level)) <= budget)
+    return without(levels[min(first, len(levels) - 1)])

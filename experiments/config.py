@@ -71,7 +71,8 @@ class Config:
     """Weigh the KL divergences of units by the multiply-adds that they cost, with the same mean."""
     budget: Annotated[float | None, tyro.conf.arg(metavar='SHARE')] = None
     """Adjust the KL weight of units along the way, so that this share of the dense network's
-    multiply-adds is left; with --unit-cost flops."""
+    multiply-adds is left; units that are still too many are dropped before --fine-tune, the
+    noisiest first."""
     shrink: Annotated[float | None, tyro.conf.arg(metavar='FACTOR')] = None
     """Train on on a smaller network whenever that takes so many times fewer multiply-adds."""
     log_sigma2_init: float = -10.0

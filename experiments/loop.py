@@ -258,16 +258,15 @@ def _start(
             )
             return state, done, facts['seconds']
         console.print('no checkpoint yet: starting from the beginning')
-    dense = training.teacher
-    if config.pretrained is not None and dense is None:
-        dense = _dense_variables(experiment, training, console)
+    dense = training.teacher or _dense_variables(experiment, training, console)
     return training.init(dense), 0, 0.0
 
 
 def _dense_variables(experiment: str, training: Training, console: Console) -> Any:
-    """Of the dense network that ``pretrained`` names."""
-    config = training.config
-    folder = config.pretrained / 'checkpoints'
+    """Of the dense network that ``pretrained`` names; None if it names none."""
+    if training.config.pretrained is None:
+        return None
+    folder = training.config.pretrained / 'checkpoints'
     advice = (
         f'give --pretrained the output folder of `python -m experiments.{experiment} '
         '--method dense`'

@@ -120,12 +120,12 @@ class VGGMemoryTraining(MemoryTraining, vgg.VGGTraining):
 
 def make_training(options: Config, dataset: data.Dataset) -> MemoryTraining:
     """Of the network that goes with the images."""
-    if dataset.name in vgg.CLASSES:
-        network = partial(models.VGGLike, width=options.k, dropout=options.dropout)
-        return VGGMemoryTraining(network, options, dataset)
     dropout = options.dropout if options.method == 'dense' else 0.0
-    network = partial(Memoriser, width=options.width, dropout=dropout)
-    return MemoryTraining(network, options, dataset)
+    if dataset.name in vgg.CLASSES:
+        vgg_like = partial(models.VGGLike, width=options.k, dropout=dropout)
+        return VGGMemoryTraining(vgg_like, options, dataset)
+    connected = partial(Memoriser, width=options.width, dropout=dropout)
+    return MemoryTraining(connected, options, dataset)
 
 
 DEFAULTS = Config(epochs=100, decay_from=0.5, batch_size=200)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +14,12 @@ from experiments.config import Config
 from experiments.errors import UsageError
 
 # Runs of earlier versions, by the end of the file's name: what was different is no option now.
-EARLIER = {'-eps1e-8': "an earlier version, with Adam's eps at 1e-8"}
+EARLIER = {
+    '-eps1e-8': "an earlier version, with Adam's eps at 1e-8",
+    '-pulled': 'an earlier version, whose budget only pulled',
+}
 
+_NUMBER = re.compile(r'(\d+)')
 # What a summary must have to be shown.
 _FIELDS = ('method', 'dataset', 'config', 'compression', 'train_seconds', 'device')
 
@@ -210,6 +215,15 @@ def stretches(seeds: list[int]) -> list[tuple[int, int]]:
         else:
             found.append((seed, 1))
     return found
+
+
+def in_order(layers: Iterable[str]) -> list[str]:
+    """Names of layers, ``Conv_10`` after ``Conv_9``."""
+
+    def parts(name: str) -> list[tuple[int, str]]:
+        return [(int(part), '') if part.isdigit() else (-1, part) for part in _NUMBER.split(name)]
+
+    return sorted(layers, key=parts)
 
 
 def flag(name: str, value: Any) -> list[str]:

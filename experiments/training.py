@@ -19,6 +19,7 @@ from experiments.config import Config
 from experiments.distillation import distillation_loss
 from experiments.errors import UsageError
 from experiments.stream import prefetch
+from experiments.summaries import in_order
 from svd_jax.convention import name_of, weights
 from svd_jax.tree import units
 
@@ -215,10 +216,28 @@ class Training:
         )
         mean = config.group_kl_weight
         if config.budget is not None:
-            work = self._work(self._left(state.variables, config.thresholds))
-            share = work['multiply_adds'] / work['multiply_adds_dense']
+            share = self._share(state.variables)
             mean *= budget.kl_factor(share, config.budget, (epoch - 1) / config.epochs)
         return dict(sorted(svd.kl_weights(costs, state.params, mean).items()))
+
+    def _share(self, variables: Any) -> float:
+        """What is left of the dense network's multiply-adds."""
+        work = self._work(self._left(variables, self.config.thresholds))
+        return work['multiply_adds'] / work['multiply_adds_dense']
+
+    def _within_budget(self, state: svd.TrainState) -> svd.TrainState:
+        """Without the noisiest units of each network that are too many for its budget."""
+        wanted = self.config.budget
+        if wanted is None:
+            return state
+
+        def within(own: svd.TrainState) -> svd.TrainState:
+            def share(params: Any) -> float:
+                return self._share({**own.variables, 'params': params})
+
+            return own.replace(params=budget.within(own.params, share, wanted))
+
+        return _together([within(own) for own in self.split(state)])
 
     def _batch(self, resident: Any, batch: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
         """Inputs and targets of a step, and a key for what else is random."""
@@ -235,9 +254,7 @@ class Training:
             self._state(self._dense_variables(key) if dense is None else dense)
             for key in self._init_keys
         ]
-        if len(states) == 1:
-            return states[0]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return _together(states)
 
     def _state(self, dense: Any) -> svd.TrainState:
         params = dense['params']
@@ -390,6 +407,7 @@ class Training:
         group_weights = jax.tree.map(lambda *own: jnp.asarray(own), *group_weights)
         fine_tune = epoch > self.config.epochs
         if epoch == self.config.epochs + 1:
+            state = self._within_budget(state)
             state = state.replace(opt_state=self._fresh(state.params))
         started, chunks = time.perf_counter(), []
         shrunk, state = self._shrink(state, fine_tune)
@@ -504,9 +522,10 @@ class Training:
             return
         directory = folder / 'pictures'
         directory.mkdir(exist_ok=True)
-        left = units(params, self.config.thresholds)
+        left = jax.device_get(units(params, self.config.thresholds))
         named = {name_of(group): kept for group, kept in left.items()}
-        pictures.units(jax.device_get(named), directory / 'units.png')
+        ordered = {name: named[name] for name in in_order(named)}
+        pictures.units(ordered, directory / 'units.png')
 
     def _ship(self, folder: Path, state: svd.TrainState) -> dict[str, Any]:
         """Writes what is left, exactly: the variables, or the parameters if those are all."""
@@ -529,6 +548,13 @@ class Training:
             }
             for config, own in zip(self._configs, self.split(state), strict=True)
         ]  # fmt: skip
+
+
+def _together(states: list[svd.TrainState]) -> svd.TrainState:
+    """The state of all networks: what :meth:`Training.split` takes apart."""
+    if len(states) == 1:
+        return states[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def is_random(params: Any) -> bool:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import svd_jax as svd
 from experiments import budget
@@ -76,3 +77,65 @@ def test_the_budget_pulls_harder_the_further_it_is_off() -> None:
     assert factors[2] == 1
     # A network that shrinks steadily on its way is where it should be.
     assert budget.kl_factor(0.1**0.5, 0.1, progress=0.35) == pytest.approx(1)
+
+
+@pytest.fixture(params=[False, True], ids=['normal', 'log-normal'])
+def noisy(network, request: pytest.FixtureRequest) -> tuple[dict, dict]:
+    """Scales of any noise, none of it so high that a unit would be dropped; and log alphas."""
+    *_, params = network
+    groups = {'Conv': 'outputs', 'Dense': 'inputs'}
+    params = svd.variational(
+        svd.sparsify(params, np.inf), (), groups=groups, log_normal=request.param
+    )
+    rng = np.random.default_rng(0)
+    flat = {
+        path: jnp.asarray(rng.uniform(-6, -1, leaf.shape), jnp.float32)
+        if path[-1] == 'log_sigma2'
+        else leaf
+        for path, leaf in flatten_dict(params).items()
+    }
+    params = unflatten_dict(flat)
+    levels = {path[:-1]: leaf for path, leaf in flatten_dict(svd.log_alpha(params)).items()}
+    return params, levels
+
+
+@pytest.mark.parametrize('wanted', [0.7, 0.4, 0.25])
+def test_the_noisiest_units_go_until_the_budget_is_met(network, noisy, wanted: float) -> None:
+    model, x, _ = network
+    params, levels = noisy
+
+    def share(params: dict) -> float:
+        dense, left = svd.compact(model, svd.sparsify(params), x).report.multiply_adds
+        return left / dense
+
+    assert share(params) == 1
+    found = budget.within(params, share, wanted)
+    assert share(found) <= wanted
+    before, after = flatten_dict(params), flatten_dict(found)
+    dropped = {}
+    for path, leaf in after.items():
+        changed = np.asarray(leaf != before[path])
+        if path[:-1] in levels and path[-1] == 'log_sigma2':
+            dropped[path[:-1]] = changed
+            assert not changed.all()
+        else:
+            assert not changed.any()
+    kept = [np.asarray(levels[path])[~gone] for path, gone in dropped.items()]
+    # Apart from the least noisy unit of a group, which stays.
+    others = np.concatenate([np.sort(noise)[1:] for noise in kept])
+    gone = np.concatenate([np.asarray(levels[path])[where] for path, where in dropped.items()])
+    assert others.max(initial=-np.inf) < gone.min()
+    # One unit less would be one too few.
+    least = {
+        (*path, 'log_sigma2'): jnp.where(
+            np.asarray(levels[path]) == gone.min(), before[(*path, 'log_sigma2')],
+            after[(*path, 'log_sigma2')],
+        )
+        for path in levels
+    }  # fmt: skip
+    assert share(unflatten_dict(after | least)) > wanted
+
+
+def test_within_the_budget_nothing_changes(noisy) -> None:
+    params, _ = noisy
+    assert budget.within(params, lambda params: 0.3, 0.3) is params

@@ -244,6 +244,13 @@ def test_what_one_more_option_is_worth(folder):
     ]
 
 
+def test_layers_are_in_order_of_their_numbers():
+    layers = ['Dense_0', 'Conv_10 inputs', 'Conv_9 inputs', 'Block_1/Conv_2', 'Block_1/Conv_11']
+    assert summaries.in_order(layers) == [
+        'Block_1/Conv_2', 'Block_1/Conv_11', 'Conv_9 inputs', 'Conv_10 inputs', 'Dense_0',
+    ]  # fmt: skip
+
+
 def test_a_network_without_weights(folder):
     edited(folder / 'results' / LENET5.name, compression=None, nonzero=0)
     assert 'no weight left (1 of 1)' in section(written(folder), 'LeNet-5-Caffe on MNIST')
