@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import itertools
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -243,6 +242,7 @@ and a test checks that it is up to date:
 - **Training** is the time that all seeds of a row took together. Most of these machines were shared
   with other work, so it says how long it took, not how fast it could be.
 - **Quoted** numbers were read in a later paper's comparison, not in the paper of the link.
+- **Numbers** beside the points of a picture are those of the commands below its table.
 - **Open** rows have not been run: their command is what fills them in.
 
 `DIR` is the folder of tensorflow-datasets. How the files of the summaries are named is said
@@ -710,7 +710,7 @@ def drawn(runs: list[Run]) -> list[Group]:
     """What a picture shows: errors on test sets of networks that have a weight left.
 
     Whole units are not dropped for the sake of the number of weights. Dense networks are shown
-    beside sparse ones only.
+    beside sparse ones only, and a width beside another one.
     """
     shown = [
         group for group in grouped(runs)
@@ -718,20 +718,33 @@ def drawn(runs: list[Run]) -> list[Group]:
         and group.first.config.groups != 'units'
         and None not in group.values('compression')
     ]  # fmt: skip
-    return shown if any(group.first.config.method != 'dense' for group in shown) else []
+    if all(group.first.config.method == 'dense' for group in shown):
+        return []
+    if shown[0].experiment == 'vgg' and len(set(map(width, shown))) < 2:
+        return []
+    return shown
 
 
 def picture(section: Section, runs: list[Run], path: Path) -> None:
     """Draws the picture of a section."""
     figure = Figure(figsize=(9.5, 4.4), dpi=130, layout='constrained')
     FigureCanvasAgg(figure)
-    draw = by_width if section.experiment == 'vgg' else by_weights
-    draw(section, drawn(runs), figure)
+    if section.experiment == 'vgg':
+        by_width(section, drawn(runs), figure)
+    else:
+        by_weights(section, drawn(runs), first_commands(runs), figure)
     for axes in figure.axes:
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(color='0.9', linewidth=0.8)
         axes.set_axisbelow(True)
     figure.savefig(path)
+
+
+def first_commands(runs: list[Run]) -> dict[Any, int]:
+    """The number that the first command of a group has under the table of the tested runs."""
+    groups = grouped(run for run in runs if not run.config.validation)
+    numbers = itertools.accumulate((len(group.commands()) for group in groups), initial=1)
+    return dict(zip((group.first.key for group in groups), numbers, strict=False))
 
 
 def spread(values: list[float]) -> float:
@@ -771,7 +784,7 @@ def by_width(section: Section, groups: list[Group], figure: Figure) -> None:
     for axes, ylabel in ((error, 'test error, %'), (ratio, 'weights / nonzero weights')):
         axes.set_xticks(widths, labels=[f'{k:g}' for k in widths])
         axes.set_xlim(0, 1.1 * widths[-1])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
         axes.set_xlabel('k, the factor of all widths')
         axes.set_ylabel(ylabel)
     error.set_title(section.title, loc='left', fontweight='bold')
@@ -779,8 +792,13 @@ def by_width(section: Section, groups: list[Group], figure: Figure) -> None:
                   edgecolor='none', ncols=2)  # fmt: skip
 
 
-def by_weights(section: Section, groups: list[Group], figure: Figure) -> None:
-    """Error against compression by number of weights, ours and published ones."""
+def by_weights(
+    section: Section, groups: list[Group], numbers: dict[Any, int], figure: Figure
+) -> None:
+    """Error against compression by number of weights, ours and published ones.
+
+    Ours have the number of their command under the table.
+    """
     axes = figure.subplots()
     peers = [
         one for one in published.WEIGHTS[section.experiment]
@@ -793,17 +811,20 @@ def by_weights(section: Section, groups: list[Group], figure: Figure) -> None:
     ):
         points = [(one.compression, one.error) for one in peers if one.method == method]
         axes.plot(*zip(*points, strict=True), marker, **look, color=colour, label=method)
-    ours = [group for group in groups if group.first.config.method != 'dense']
-    for group, marker in zip(ours, itertools.cycle('oDph<>*'), strict=False):
+    ours = 'svd_jax, by its command'
+    for group in groups:
+        if group.first.config.method == 'dense':
+            continue
         xs, ys = group.values('compression'), group.values('test_error')
         x, y = np.mean(xs), np.mean(ys)
         if len(xs) > 1:
             axes.errorbar(x, y, spread(ys), spread(xs), fmt='none', ecolor=BLUE, capsize=3)
-        count = 'one seed' if len(xs) == 1 else f'{len(xs)} seeds'
-        parts = ('svd_jax', f'{group.first.config.epochs} epochs', group.options, count)
-        # A long line would leave the plot no room.
-        name = textwrap.fill(', '.join(part for part in parts if part), 48)
-        axes.plot(x, y, marker, **look, color=BLUE, label=name)
+        axes.plot(x, y, 'o', **look, color=BLUE, label=ours)
+        axes.annotate(
+            str(numbers[group.first.key]), (x, y), (5, 4), textcoords='offset points',
+            fontsize=8, color=BLUE,
+        )  # fmt: skip
+        ours = ''  # in the legend once
     axes.set_xscale('log')
     axes.xaxis.set_major_locator(FixedLocator([10, 20, 30, 50, 70, 100, 150, 200, 300, 500]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))

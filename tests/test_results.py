@@ -266,6 +266,25 @@ def test_bytes_of_files_have_a_table_of_their_own(folder):
         assert f'| {one.nbytes:,} |' in files
 
 
+def test_points_have_the_numbers_of_their_commands():
+    one = next(one for one in results.SECTIONS if one.experiment == 'lenet5')
+    read = [pair for pair in results.read_all(RESULTS) if pair[1]['experiment'] == 'lenet5']
+    runs, figure = [summaries.make_run(*pair) for pair in read], Figure()
+    results.by_weights(one, results.drawn(runs), results.first_commands(runs), figure)
+    page = section(PAGE.read_text(), one.title)
+    # A row ends with the numbers of its commands, which the picture has the first of.
+    rows = {
+        numbers.split(',')[0]: row
+        for row, numbers in re.findall(r'^(\|.*) \| ([\d, ]+) \|$', page, re.MULTILINE)[::-1]
+    }
+    texts = figure.axes[0].texts
+    assert len(texts) > 3
+    for text in texts:
+        (ratio, error), row = text.xy, rows[text.get_text()]
+        assert f'| {error:.2f}' in row
+        assert f'| {ratio:.1f}' in row
+
+
 def test_vgg_like_networks_by_width(folder):
     title = 'VGG-like networks on CIFAR, by width'
     errors = {('dense', 0.25): 15.0, ('dense', 1.5): 6.0, ('svd', 0.25): 16.0, ('svd', 1.5): 6.5}
