@@ -53,6 +53,7 @@ def test_examples_in_docstrings(name: str) -> None:
         ),
         'experiments.augment',
         'experiments.budget',
+        'experiments.distillation',
         'experiments.stream',
     ],
 )
