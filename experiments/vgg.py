@@ -75,9 +75,13 @@ class VGGTraining(Training):
 DEFAULTS = Config(decay_from=0.5, shift=4, flip=True)
 
 
+def network(options: Config) -> Callable[..., nn.Module]:
+    """Of the width and with the dropout that the options name."""
+    return partial(models.VGGLike, width=options.k, dropout=options.dropout)
+
+
 def run(options: Config) -> None:
-    network = partial(models.VGGLike, width=options.k, dropout=options.dropout)
-    loop.run('vgg', network, options, VGGTraining)
+    loop.run('vgg', network(options), options, VGGTraining)
 
 
 if __name__ == '__main__':
