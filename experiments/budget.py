@@ -85,6 +85,6 @@ def within(params: Any, share: Callable[[Any], float], budget: float) -> Any:
 
         return unflatten_dict({path: raised(path, leaf) for path, leaf in flat.items()})
 
-    flat = flatten_dict(params)
+    flat = flatten_dict(params, keep_empty_nodes=True)
     first = bisect.bisect_left(levels, True, key=lambda level: share(without(level)) <= budget)
     return without(levels[min(first, len(levels) - 1)])

@@ -111,6 +111,7 @@ def test_the_noisiest_units_go_until_the_budget_is_met(network, noisy, wanted: f
     assert share(params) == 1
     found = budget.within(params, share, wanted)
     assert share(found) <= wanted
+    assert budget.within(params | {'nothing': {}}, share, wanted)['nothing'] == {}
     before, after = flatten_dict(params), flatten_dict(found)
     dropped = {}
     for path, leaf in after.items():
