@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import config, data, loop, models, vgg
+from experiments import config, data, loop, vgg
 from experiments.training import Training, evaluation_batches
 from svd_jax.linen import NOISE, Dense
 
@@ -47,7 +47,7 @@ class Config(config.Config):
             0 <= self.label_seed < 2**32, 'label_seed', 'must lie between 0 and 2**32 - 1'
         )
         config.require(self.width >= 1, 'width', 'must be at least 1')
-        config.require(64 * self.k > 0.5, 'k', 'must be above 1/128: every layer needs a filter')
+        vgg.check_width(self.k)
         config.require(0 <= self.dropout < 1, 'dropout', 'must be at least 0 and below 1')
 
     def identity(self) -> dict[str, Any]:
@@ -120,10 +120,10 @@ class VGGMemoryTraining(MemoryTraining, vgg.VGGTraining):
 
 def make_training(options: Config, dataset: data.Dataset) -> MemoryTraining:
     """Of the network that goes with the images."""
-    dropout = options.dropout if options.method == 'dense' else 0.0
     if dataset.name in vgg.CLASSES:
-        vgg_like = partial(models.VGGLike, width=options.k, dropout=dropout)
+        vgg_like = vgg.network(options.k, options.dropout)
         return VGGMemoryTraining(vgg_like, options, dataset)
+    dropout = options.dropout if options.method == 'dense' else 0.0
     connected = partial(Memoriser, width=options.width, dropout=dropout)
     return MemoryTraining(connected, options, dataset)
 

@@ -534,6 +534,11 @@ def errors_table(summary: Summary) -> str:
 # The page
 
 
+def tested(runs: list[Run]) -> list[Run]:
+    """Those whose errors are on the test set."""
+    return [run for run in runs if not run.config.validation]
+
+
 def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[str]:
     """The parts of a section."""
     name = section.experiment
@@ -545,17 +550,16 @@ def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[st
         yield from study(section, [summary for _, summary in summaries])
         return
     runs = [make_run(*pair) for pair in summaries]
-    tested = [run for run in runs if not run.config.validation]
     if section.picture and drawn(runs):
         yield f'![{section.picture}: {section.title}](pictures/results_{name}.png)'
-    yield weights_table(section, tested)
+    yield weights_table(section, tested(runs))
     yield from on_held_out(section, [run for run in runs if run.config.validation])
     if name in published.RATES:
         yield '### By rate, in the format of Deep Compression'
         yield rates_table(name)
     if name in published.FILES:
         yield '### By bytes of the file'
-        yield files_table(section, tested)
+        yield files_table(section, tested(runs))
         if name.startswith('lenet'):
             yield 'Ours by bytes, from exact to coarse files: [files.md](files.md).'
     if name in published.UNITS:
@@ -566,7 +570,7 @@ def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[st
             'Bayesian Pruning keeps the checkpoint of best test accuracy: its\nerrors are '
             'optimistic.'
         )  # fmt: skip
-        yield table([*units_rows(section, tested), *published_units(section)])
+        yield table([*units_rows(section, tested(runs)), *published_units(section)])
 
 
 def on_held_out(section: Section, runs: list[Run]) -> Iterator[str]:
@@ -713,8 +717,8 @@ def drawn(runs: list[Run]) -> list[Group]:
     beside sparse ones only, and a width beside another one.
     """
     shown = [
-        group for group in grouped(runs)
-        if not group.first.earlier and not group.first.config.validation
+        group for group in grouped(tested(runs))
+        if not group.first.earlier
         and group.first.config.groups != 'units'
         and None not in group.values('compression')
     ]  # fmt: skip
@@ -742,7 +746,7 @@ def picture(section: Section, runs: list[Run], path: Path) -> None:
 
 def first_commands(runs: list[Run]) -> dict[Any, int]:
     """The number that the first command of a group has under the table of the tested runs."""
-    groups = grouped(run for run in runs if not run.config.validation)
+    groups = grouped(tested(runs))
     numbers = itertools.accumulate((len(group.commands()) for group in groups), initial=1)
     return dict(zip((group.first.key for group in groups), numbers, strict=False))
 

@@ -29,6 +29,20 @@ from experiments.training import Training
 CLASSES = {'cifar10': 10, 'cifar100': 100}
 
 
+def check_width(k: float) -> None:
+    """Refuses networks without filters.
+
+    Raises:
+      UsageError: k is too small.
+    """
+    config.require(64 * k > 0.5, 'k', 'must be above 1/128: every layer needs a filter')
+
+
+def network(k: float, dropout: float) -> Callable[..., nn.Module]:
+    """Of k times the width, with so many times the authors' dropout rates."""
+    return partial(models.VGGLike, width=k, dropout=dropout)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(config.Config):
     """Options of a training run on CIFAR."""
@@ -42,7 +56,7 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config.require(64 * self.k > 0.5, 'k', 'must be above 1/128: every layer needs a filter')
+        check_width(self.k)
         config.require(0 <= self.dropout < 2, 'dropout', 'must be at least 0 and below 2')
 
     def folder(self, experiment: str) -> Path:
@@ -75,13 +89,8 @@ class VGGTraining(Training):
 DEFAULTS = Config(decay_from=0.5, shift=4, flip=True)
 
 
-def network(options: Config) -> Callable[..., nn.Module]:
-    """Of the width and with the dropout that the options name."""
-    return partial(models.VGGLike, width=options.k, dropout=options.dropout)
-
-
 def run(options: Config) -> None:
-    loop.run('vgg', network(options), options, VGGTraining)
+    loop.run('vgg', network(options.k, options.dropout), options, VGGTraining)
 
 
 if __name__ == '__main__':

@@ -36,6 +36,11 @@ SPARSE = (
     '--method', 'svd', '--warmup', '0', '1', '--learning-rate', '0.02', '--log-sigma2-init', '-3',
     '--kl-weight', '0.3',
 )  # fmt: skip
+# So that none is kept.
+STRONG = (
+    '--kl-weight', '1000', '--warmup', '0', '0', '--learning-rate', '0.05',
+    '--log-sigma2-init', '-3', '--log-sigma2-rate', '2',
+)  # fmt: skip
 DENSE = ('--method', 'dense', '--dropout', '0.5', '--learning-rate', '0.003')
 
 
@@ -253,11 +258,7 @@ def test_without_a_weight_left_it_predicts_a_constant(
     tmp_path: Path, digits: data.Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / 'run'
-    strong = (
-        '--kl-weight', '1000', '--warmup', '0', '0', '--learning-rate', '0.05',
-        '--log-sigma2-init', '-3', '--log-sigma2-rate', '2',
-    )  # fmt: skip
-    summary = run(out, *strong, '--epochs', '8')
+    summary = run(out, *STRONG, '--epochs', '8')
     assert (summary['nonzero'], summary['compression']) == (0, None)
     assert set(summary['sparsity_per_layer'].values()) == {100.0}
     assert 'no weights left' in capsys.readouterr().out
@@ -284,7 +285,7 @@ def colours(monkeypatch: pytest.MonkeyPatch) -> data.Dataset:
     labels = rng.integers(10, size=150, dtype=np.int32)
     dataset = data.Dataset('cifar10', images[:100], labels[:100], images[100:], labels[100:])
     first_stage = partial(models.VGGLike, stages=models.VGGLike.stages[:1])
-    monkeypatch.setattr(random_labels.models, 'VGGLike', first_stage)
+    monkeypatch.setattr(models, 'VGGLike', first_stage)
     monkeypatch.setattr(random_labels.data, 'load', lambda *_: dataset)
     return dataset
 
@@ -304,11 +305,7 @@ def test_on_cifar_the_vgg_like_network_learns_by_heart(
 
 
 def test_on_cifar_sparse_vd_drops_every_weight(tmp_path: Path, colours: data.Dataset) -> None:
-    strong = (
-        '--kl-weight', '1000', '--warmup', '0', '0', '--learning-rate', '0.05',
-        '--log-sigma2-init', '-3', '--log-sigma2-rate', '2',
-    )  # fmt: skip
-    summary = run(tmp_path / 'run', *VGG, *strong, '--epochs', '20')
+    summary = run(tmp_path / 'run', *VGG, *STRONG, '--epochs', '20')
     assert summary['nonzero'] == 0
     drawn = random_labels.with_random_labels(colours, 0)
     bias = params_of(tmp_path / 'run')['Dense_1']['bias']

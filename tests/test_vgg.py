@@ -214,7 +214,7 @@ def test_units_go_as_it_trains_and_is_fine_tuned(small: data.Dataset) -> None:
         k=FILTERS / 64, batch_size=40, epochs=1, fine_tune=1, learning_rate=0.02, groups='units',
         shrink=1.1,
     )  # fmt: skip
-    training = vgg.VGGTraining(vgg.network(options), options, small)
+    training = vgg.VGGTraining(vgg.network(options.k, options.dropout), options, small)
     state = training.init()
     params = state.params
     assert [name for name in params if 'groups' in params[name]] == ['Conv_1', 'Dense_0', 'Dense_1']
@@ -277,7 +277,7 @@ def test_only_dense_networks_are_trained_with_dropout(small: data.Dataset) -> No
         ('dense', 1.0, True), ('dense', 0.0, False), ('svd', 1.0, False),
     ):  # fmt: skip
         options = vgg.Config(method=method, k=FILTERS / 64, dropout=dropout)
-        training = vgg.VGGTraining(vgg.network(options), options, small)
+        training = vgg.VGGTraining(vgg.network(options.k, options.dropout), options, small)
         # Dense weights in each, so that nothing but dropout is random.
         dense = dense or training.dense_state().variables
         a, b = (
