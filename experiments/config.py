@@ -34,6 +34,9 @@ class Config:
     distil: float = 0.0
     """Share of the loss in these that is not of the labels, but of the predictions of the dense
     network that --pretrained names, at a temperature of 4 (Hinton et al. 2015)."""
+    average: float = 0.0
+    """End with an exponential moving average of the parameters over the steps, of this decay;
+    with --fine-tune, over the steps of that."""
     seed: int = 0
     """Of the initial weights, the noise and the order of the examples."""
     seeds: int = 1
@@ -132,6 +135,7 @@ class Config:
             not self.distil or (self.fine_tune > 0 and self.pretrained is not None), 'distil',
             'needs --fine-tune and the dense network of --pretrained',
         )  # fmt: skip
+        require(0 <= self.average < 1, 'average', 'must be at least 0 and below 1')
         require(self.log_sigma2_rate > 0, 'log_sigma2_rate', 'must be above 0')
         require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')
         begin, end = self.kl_warmup
@@ -145,7 +149,7 @@ class Config:
         require(
             self.method == 'svd' or self.kl_weight == (1.0,), 'kl_weight', 'is for --method svd'
         )
-        for name in ('fine_tune', 'groups'):
+        for name in ('fine_tune', 'average', 'groups'):
             given = getattr(self, name) not in (0, 'none')
             require(self.method == 'svd' or not given, name, 'is for --method svd')
         if self.pretrained is not None and self.method == 'dense':

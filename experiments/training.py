@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 import svd_jax as svd
-from experiments import augment, budget, data, pictures
+from experiments import augment, averaging, budget, data, pictures
 from experiments.config import Config
 from experiments.distillation import distillation_loss
 from experiments.errors import UsageError
@@ -122,10 +122,12 @@ class Training:
         return optax.adam(schedule, eps=1e-8 / self._num_data)
 
     def _optimiser(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        if not self.variational or self.config.log_sigma2_rate == 1:
-            return self._adam(schedule)
-        rate = optax.scale(self.config.log_sigma2_rate)
-        return optax.chain(self._adam(schedule), optax.masked(rate, _is_log_sigma2))
+        parts, config = [self._adam(schedule)], self.config
+        if self.variational and config.log_sigma2_rate != 1:
+            parts.append(optax.masked(optax.scale(config.log_sigma2_rate), _is_log_sigma2))
+        if config.average:
+            parts.append(averaging.average(config.average))
+        return optax.chain(*parts) if len(parts) > 1 else parts[0]
 
     def learning_rate(self, epoch: int) -> float:
         """At the first step of an epoch."""
@@ -427,6 +429,8 @@ class Training:
             advance(min(first + _CHUNK, self.steps))
         if shrunk:
             state = shrunk.expand(state)
+        if self.config.average and epoch == self.config.total_epochs:
+            state = averaging.averaged(state)
         seconds = time.perf_counter() - started
         metrics = {
             name: np.concatenate(

@@ -52,6 +52,7 @@ def test_examples_in_docstrings(name: str) -> None:
             )
         ),
         'experiments.augment',
+        'experiments.averaging',
         'experiments.budget',
         'experiments.distillation',
         'experiments.stream',

@@ -144,6 +144,8 @@ def test_one_of_several_dense_networks_is_a_start(tmp_path: Path) -> None:
         ({'distil': 1.5, 'fine_tune': 1, 'pretrained': Path('dense')}, '--distil must lie between'),
         ({'distil': 0.5, 'fine_tune': 1}, '--distil needs --fine-tune and the dense network of'),
         ({'distil': 0.5, 'pretrained': Path('dense')}, '--distil needs --fine-tune and'),
+        ({'average': 1.0}, '--average must be at least 0 and below 1'),
+        ({'average': 0.9, 'method': 'dense'}, '--average is for --method svd'),
         ({'fine_tune': 1, 'method': 'dense'}, '--fine-tune is for --method svd'),
     ],
 )
@@ -180,14 +182,17 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize('share', [0.0, 0.5])
+@pytest.mark.parametrize(('share', 'decay'), [(0.0, 0.0), (0.5, 0.5)])
 def test_fine_tuning_trains_what_is_left_by_plain_adam(
-    tmp_path: Path, dense: Path, share: float
+    tmp_path: Path, dense: Path, share: float, decay: float
 ) -> None:
-    """Of the labels, and of the predictions of the dense network."""
+    """On the labels; or also on the predictions of the dense network, and averaged."""
     out = tmp_path / 'out'
     # In so few epochs only noisy weights are dropped.
-    fine_tune = ('--fine-tune', '1', '--pretrained', str(dense), '--distil', str(share))
+    fine_tune = (
+        '--fine-tune', '1', '--pretrained', str(dense), '--distil', str(share),
+        '--average', str(decay),
+    )  # fmt: skip
     run(out, '--epochs', '2', '--log-sigma2-init', '-5', *fine_tune)
     before, after, teacher = params_of(out, 2), params_of(out, 3), params_of(dense, 1)
     dataset = data.load('mnist5k')
@@ -217,11 +222,12 @@ def test_fine_tuning_trains_what_is_left_by_plain_adam(
         return (1 - share) * hard + share * 16 * soft
 
     tx = optax.adam(lambda step: 1e-3 * (1 - step / steps), eps=1e-8 / len(images))
-    params, state = before, tx.init(before)
+    params, state, average = before, tx.init(before), before
     for batch in data.epoch_permutation(0, 3, len(images), 1000):
         gradient = jax.grad(loss)(params, images[batch], dataset.train_labels[batch])
         updates, state = tx.update(gradient, state)
         params = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
     for name, kernel in left(before).items():
         assert 0.01 < np.mean(kernel != 0) < 0.99
         np.testing.assert_array_equal(after[name]['log_sigma2'], before[name]['log_sigma2'])
@@ -229,18 +235,19 @@ def test_fine_tuning_trains_what_is_left_by_plain_adam(
         assert moved.max() > 1e-3
         assert not np.any(moved[kernel == 0])
         # Rounding decides which way Adam goes where there is next to no gradient.
-        distance = np.abs(after[name]['kernel'] - params[name]['kernel'])
+        distance = np.abs(after[name]['kernel'] - average[name]['kernel'])
         assert np.mean(distance) < 0.01 * np.mean(moved)
     assert [row['kl_weight'] == 0 for row in metrics_of(out)] == [False, False, True]
     summary = summary_of(out)
     assert summary['epochs'] == 2
-    assert (summary['config']['fine_tune'], summary['config']['distil']) == (1, share)
+    options = [summary['config'][name] for name in ('fine_tune', 'distil', 'average')]
+    assert options == [1, share, decay]
 
 
 def test_stopped_before_fine_tuning_it_ends_with_the_same_bits(tmp_path: Path, dense: Path) -> None:
     options = (
         '--epochs', '1', '--fine-tune', '1', '--seeds', '2',
-        '--pretrained', str(dense), '--distil', '1',
+        '--pretrained', str(dense), '--distil', '1', '--average', '0.5',
     )  # fmt: skip
     run(tmp_path / 'whole', *options)
     out = shutil.copytree(tmp_path / 'whole', tmp_path / 'stopped')

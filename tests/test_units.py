@@ -26,7 +26,9 @@ OPTIONS = (
     '--warmup', '0', '0', '--groups', 'units', '--log-sigma2-init', '-1',
     '--log-sigma2-rate', '600', '--epochs', '2', '--fine-tune', '1',
 )  # fmt: skip
-SHRINK = ('--group-kl-weight', '2', '--shrink', '1.2', '--unit-cost', 'flops')
+SHRINK = (
+    '--group-kl-weight', '2', '--shrink', '1.2', '--unit-cost', 'flops', '--average', '0.5',
+)  # fmt: skip
 
 
 def run(out: Path, *options: str) -> dict:
