@@ -597,18 +597,13 @@ def on_held_out(section: Section, runs: list[Run]) -> Iterator[str]:
 
 
 def worth_rows(runs: list[Run]) -> list[Cells]:
-    """Pairs of Sparse VD networks, trained as long, of which one has one option more."""
+    """Pairs of Sparse VD networks of which one has one option more, or trained longer."""
     sparse = [group for group in grouped(runs) if group.first.config.method == 'svd']
     rows = []
     for without, with_it in itertools.permutations(sparse, 2):
-        few, more = (group.changed_but('validation') for group in (without, with_it))
-        alike = [
-            (group.first.config.epochs, group.first.config.validation, group.seeds)
-            for group in (without, with_it)
-        ]  # fmt: skip
-        if alike[0] != alike[1] or len(more) != len(few) + 1 or not few.items() <= more.items():
+        added = option_between(without, with_it)
+        if not added:
             continue
-        added = {name: value for name, value in more.items() if name not in few}
         shown = {
             heading: ' → '.join(show(group.values(field)) for group in (without, with_it))
             for heading, field, show in (
@@ -616,12 +611,26 @@ def worth_rows(runs: list[Run]) -> list[Cells]:
                 (COMPRESSION, 'compression', compression),
             )
         }
+        few = without.changed_but('validation')
         rows.append({
             'option': f'`{" ".join(flags(added))}`',
             'beside': f'`{" ".join(flags(few))}`' if few else "the paper's recipe",
-            'epochs': str(with_it.first.config.epochs), 'seeds': seeds(with_it.seeds), **shown,
+            'epochs': str(without.first.config.epochs), 'seeds': seeds(with_it.seeds), **shown,
         })  # fmt: skip
     return sorted(rows, key=lambda row: (row['option'], -int(row['epochs']), row['beside']))
+
+
+def option_between(without: Group, with_it: Group) -> dict[str, Any]:
+    """The only option in which the second differs from the first, by name; {} if there is none."""
+    first, second = without.first.config, with_it.first.config
+    if (first.validation, without.seeds) != (second.validation, with_it.seeds):
+        return {}
+    few, more = (group.changed_but('validation') for group in (without, with_it))
+    if first.epochs != second.epochs:
+        longer = few == more and first.epochs < second.epochs
+        return {'epochs': second.epochs} if longer else {}
+    one_more = len(more) == len(few) + 1 and few.items() <= more.items()
+    return {name: value for name, value in more.items() if name not in few} if one_more else {}
 
 
 def study(section: Section, summaries: list[Summary]) -> Iterator[str]:

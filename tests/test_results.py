@@ -229,7 +229,7 @@ def test_what_one_more_option_is_worth(folder):
         ('paper', 1.25, 100.0, {}),
         ('shifted', 1.0, 80.0, {'shift': 1}),
         ('more', 1.5, 200.0, {'shift': 1, 'kl_weight': [3.0]}),
-        ('longer', 0.5, 90.0, {'shift': 2, 'epochs': 300}),
+        ('longer', 0.5, 90.0, {'shift': 1, 'epochs': 300}),
         ('other', 1.1, 85.0, {'shift': 1, 'kl_weight': [3.0], 'flip': True, 'fine_tune': 2}),
     ):
         edited(
@@ -239,6 +239,7 @@ def test_what_one_more_option_is_worth(folder):
     _, _, found = section(written(folder), 'LeNet-5-Caffe on MNIST').partition('### What one more')
     rows = [line.split(' | ') for line in found.partition('###')[0].splitlines() if '→' in line]
     assert [(row[0], row[1], *row[-2:]) for row in rows] == [
+        ('| `--epochs 300`', '`--shift 1`', '1.00 → 0.50', '80.0 → 90.0 |'),
         ('| `--kl-weight 3`', '`--shift 1`', '1.00 → 1.50', '80.0 → 200.0 |'),
         ('| `--shift 1`', "the paper's recipe", '1.25 → 1.00', '100.0 → 80.0 |'),
     ]
