@@ -65,8 +65,8 @@ class Report(NamedTuple):
     @property
     def multiply_adds(self) -> tuple[int, int]:
         """Of all layers, before and after."""
-        before, after = zip(*(layer.multiply_adds for layer in self.layers), strict=True)
-        return sum(before), sum(after)
+        before, after = (sum(layer.multiply_adds[at] for layer in self.layers) for at in (0, 1))
+        return before, after
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [('layer', 'inputs', 'units', 'multiply-adds')]

@@ -47,8 +47,8 @@ class View(NamedTuple):
         """Which units along an axis are constant, and their values."""
         size = self.shape[axis]
         if self.value is not None:
-            rows = np.moveaxis(self.value, axis, 0).reshape(size, -1)
-            return np.all(rows == rows[:, :1], 1) & (rows.shape[1] > 0), rows[:, 0]
+            units = np.moveaxis(self.value, axis, 0)
+            return _alike(units), units.reshape(size, -1)[:, 0]
         if self.fixed is not None and self.fixed.axis == axis:
             return self.fixed.units, self.fixed.values
         return np.zeros(size, bool), np.zeros(size)
@@ -118,6 +118,12 @@ def _any_but(mask: np.ndarray, axis: int) -> np.ndarray:
     return np.asarray(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
 
 
+def _alike(units: np.ndarray) -> np.ndarray:
+    """Of an array with its units along the first axis, which have one value everywhere."""
+    rows = units.reshape(len(units), -1)
+    return np.all(rows == rows[:, :1], 1) & (rows.shape[1] > 0)
+
+
 def _fixed_axis(views: Sequence[View]) -> int | None:
     for view in views:
         if view.fixed is not None:
@@ -136,6 +142,8 @@ def _elementwise_constant(equation: Equation, views: Sequence[View], shape: Shap
     for view in views:
         if view.shape:
             units &= np.broadcast_to(view.constant(axis)[0], units.shape)
+        elif view.value is None:  # a number that depends on the input
+            return None
     return axis, units
 
 
@@ -296,10 +304,14 @@ def _reshape_constant(equation: Equation, views: Sequence[View], shape: Shape) -
         sizes = [view.shape[a] for a in olds]
         place = [1] * len(olds)
         place[olds.index(fixed.axis)] = -1
-        flat = np.broadcast_to(fixed.units.reshape(place), sizes).reshape([shape[a] for a in news])
+        constant, values = (
+            np.broadcast_to(each.reshape(place), sizes).reshape([shape[a] for a in news])
+            for each in (fixed.units, fixed.values)
+        )
         best: Outcome = None
         for at, axis in enumerate(news):
-            units = np.all(np.moveaxis(flat, at, 0).reshape(shape[axis], -1), 1)
+            units = np.all(np.moveaxis(constant, at, 0).reshape(shape[axis], -1), 1)
+            units &= _alike(np.moveaxis(values, at, 0))
             if best is None or units.sum() > best[1].sum():
                 best = axis, units
         return best
@@ -411,10 +423,14 @@ def _dot_constant(equation: Equation, views: Sequence[View], shape: Shape) -> Ou
     kernel = views[product.weights].value
     activations = views[1 - product.weights]
     assert kernel is not None
-    varies = kernel != 0
+    varies, contribution = kernel != 0, kernel.astype(np.float64)
     for axis, own in product.contracted:
-        varies = varies & _along(~activations.constant(axis)[0], own, kernel.ndim)
-    return product.free_in_result[-1], ~_any_but(varies, product.free[-1])
+        constant, values = activations.constant(axis)
+        varies = varies & _along(~constant, own, kernel.ndim)
+        contribution = contribution * _along(np.where(constant, values, 0), own, kernel.ndim)
+    sums = np.sum(contribution, tuple(own for _, own in product.contracted))
+    alike = _alike(np.moveaxis(sums, -1, 0))  # along the other free axes
+    return product.free_in_result[-1], ~_any_but(varies, product.free[-1]) & alike
 
 
 def _dot(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units) -> Use | None:

@@ -130,6 +130,55 @@ def test_a_constant_channel_is_folded_only_where_the_edge_does_not_show(padding:
     assert small.report.layers[1].inputs == (3, 2 if padding == 'VALID' else 3)
 
 
+class ScaledByTheInput(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.Dense(6)(x)) * jnp.mean(x)
+        return nn.Dense(3)(y)
+
+
+class Split(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6)(x)).reshape(len(x), 3, 2)
+        return nn.Dense(3)(x)
+
+
+class ReadByTwoAxes(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.DenseGeneral((3, 2))(nn.relu(nn.Dense(6)(x)))
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize('alike', [False, True])
+@pytest.mark.parametrize('model', [ScaledByTheInput(), Split(), ReadByTwoAxes()])
+def test_what_differs_from_place_to_place_is_not_folded_as_a_constant(
+    model: nn.Module, alike: bool
+) -> None:
+    """Whether a unit of the last axis has one value, or one for each place of another axis."""
+    rng = np.random.default_rng(0)
+    x, other = (jnp.asarray(rng.normal(mean, size=(2, 5)), jnp.float32) for mean in (0, 1))
+    params = jax.tree.map(np.array, model.init(jax.random.key(0), x)['params'])
+    params['Dense_0']['kernel'][:, ::2] = 0
+    values = np.full(3, 2.0) if alike else np.arange(1.0, 4.0)
+    params['Dense_0']['bias'][::2] = values
+    if 'DenseGeneral_0' in params:
+        kernel = params['DenseGeneral_0']['kernel']
+        kernel[1:, :, 0], kernel[0, :, 0] = 0, values
+    small = svd.compact(model, params, x)
+    for inputs in (x, other):
+        assert_same(small(inputs), model.apply({'params': params}, inputs))
+    folded = small.params['Dense_1']['kernel'].shape[0] < params['Dense_1']['kernel'].shape[0]
+    assert folded == (alike and not isinstance(model, ScaledByTheInput))
+
+
+def test_the_report_of_a_network_without_a_product() -> None:
+    model, x = nn.Embed(5, 3), jnp.arange(4)
+    params = model.init(jax.random.key(0), x)['params']
+    assert svd.compact(model, params, x).report.multiply_adds == (0, 0)
+
+
 def test_a_network_that_is_all_constant_still_runs() -> None:
     params, x = two_layers(), jnp.ones((2, 3))
     params['Dense_0']['kernel'][:] = 0
