@@ -52,14 +52,13 @@ def sample(
     Returns:
       An array of the shape and type of the layer's output.
     """
-    sigma2 = jnp.exp(log_sigma2)
+    sigma2 = jnp.exp(log_sigma2.astype(variance_dtype(log_sigma2.dtype)))
     if method == '__call__' and conv.by_patches(layer, x):
         return conv.sample(layer, params, sigma2, x, key)
     mean = layer.apply({'params': params}, x, method=method)
     without_bias = layer.clone(use_bias=False) if hasattr(layer, 'use_bias') else layer
     if mean.dtype == jnp.float16:
         without_bias = without_bias.clone(dtype=jnp.float32)
-        sigma2 = jnp.exp(log_sigma2.astype(jnp.float32))
     looks_up = isinstance(layer, nn.Embed) and method == '__call__'
     squares = x if looks_up else squared(x)
     variance = without_bias.apply({'params': {name: sigma2}}, squares, method=method)

@@ -153,8 +153,13 @@ def _keeps_independence(eqn: Any, operands: Sequence[Paths]) -> bool:
     only_first = bool(operands[0]) and not any(operands[1:])
     if not jnp.issubdtype(result.dtype, jnp.floating):
         return False
+    if name in ('broadcast_in_dim', 'mul', 'div') and any(
+        paths and atom.aval.size != result.size
+        for paths, atom in zip(operands, eqn.invars, strict=False)
+    ):
+        return False  # an entry becomes several
     if name == 'broadcast_in_dim':
-        return only_first and eqn.invars[0].aval.size == result.size
+        return only_first
     if name == 'concatenate':  # of different weights
         return sum(map(len, operands)) == len(_NONE.union(*operands))
     if name == 'mul':

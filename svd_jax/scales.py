@@ -104,6 +104,8 @@ def moved(eqn: Any, at: int, spread: Spread | None) -> Spread | None:
     if name == 'broadcast_in_dim':
         return spread._replace(axis=params['broadcast_dimensions'][axis])
     if name == 'squeeze':
+        if axis in params['dimensions']:
+            return None
         return spread._replace(axis=axis - sum(a < axis for a in params['dimensions']))
     if name == 'reshape':
         return _reshaped(before, after, spread) if params['dimensions'] is None else None

@@ -172,14 +172,21 @@ class Cell(nn.Module):
         return nn.RNN(nn.SimpleCell(3))(x)
 
 
+class Lone(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.param('kernel', nn.initializers.normal(1.0), (x.shape[-1], 1))[:, 0]
+
+
 @pytest.mark.parametrize(
     ('model', 'x', 'groups'),
     [
         (Cell(), jnp.ones((4, 5, 2)), 'inputs'),
         (nn.Conv(3, (2, 2)), jnp.ones((4, 3, 3, 2)), [(0, 3)]),
         (nn.Embed(5, 3), jnp.zeros((4,), jnp.int32), 'inputs'),
+        (Lone(), jnp.ones((4, 3)), 'outputs'),
     ],
-    ids=['a cell', 'positions of each filter', 'rows of a table'],
+    ids=['a cell', 'positions of each filter', 'rows of a table', 'a lone output'],
 )  # fmt: skip
 def test_scales_that_multiply_no_input_or_result_are_drawn_once(model, x, groups) -> None:
     params = svd.variational(model.init(key(0)['noise'], x)['params'], (), groups=groups)

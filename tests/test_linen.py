@@ -448,6 +448,15 @@ def test_layers_keep_flaxs_fields_and_names() -> None:
     assert list(params) == ['Dense_0', 'Dense_1']
 
 
+def test_parameters_in_float16_do_not_lose_the_variance() -> None:
+    layer, x = svd.linen.Dense(4, param_dtype=jnp.float16, use_bias=False), jnp.ones((2000, 3))
+    params = layer.init(jax.random.key(0), x)['params']
+    params['log_sigma2'] = jnp.full_like(params['log_sigma2'], -20.0)
+    y, _ = layer.apply({'params': params}, x, rngs={'noise': jax.random.key(1)})
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(np.std(np.asarray(y), 0), np.sqrt(3) * np.exp(-10), rtol=0.07)
+
+
 @each_kind
 def test_float16_does_not_lose_the_variance(case: Case) -> None:
     """sigma^2 = e^-20 is zero in float16, and the square of 300 infinite."""
