@@ -172,9 +172,25 @@ def leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
         yield path.removesuffix('/'), node
 
 
+def by_path(node: Any) -> dict[str, Any]:
+    """The same by path.
+
+    Raises:
+      ValueError: two paths are the same, as names that hold a slash can make them.
+    """
+    found: dict[str, Any] = {}
+    for path, leaf in leaves(node):
+        if path in found:
+            raise ValueError(f'two arrays have the path {path}: rename one of them')
+        found[path] = leaf
+    return found
+
+
 def _rebuild(node: Any, children: dict[str, Any]) -> Any:
-    """A container of the type of ``node``."""
+    """A container of the type of ``node``, whose keys need not be the names in paths."""
     if isinstance(node, Mapping):
+        keys = {str(key): key for key in node}
+        children = {keys.get(name, name): child for name, child in children.items()}
         return children if type(node) is dict else type(node)(children)  # type: ignore[call-arg]
     values = children.values()
     return type(node)(*values) if hasattr(node, '_fields') else type(node)(values)

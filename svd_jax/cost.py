@@ -106,7 +106,8 @@ def kl_weights(costs: Mapping[str, float], params: PyTree, mean: Number = 1.0) -
     """Weights for the KL divergences of scales, in proportion to what their units cost.
 
     Args:
-      costs: of a unit, by the path of its group, as :func:`unit_costs` gives them.
+      costs: of a unit, by the path of its group, as :func:`unit_costs` gives them. One that is
+        measured may be below 0: it counts as 0. If all are 0, the weights are all the same.
       params: the tree.
       mean: of the weights, over all units.
 
@@ -122,6 +123,9 @@ def kl_weights(costs: Mapping[str, float], params: PyTree, mean: Number = 1.0) -
       {'groups/inputs': 0.5, 'groups/outputs': 2.5}
     """
     sizes = {scale.group: scale.location.size for w in weights(params) for scale in w.scales}
+    costs = {group: max(cost, 0.0) for group, cost in costs.items()}
     total = sum(cost * sizes[group] for group, cost in costs.items())
-    unit = mean * sum(sizes.values()) / max(total, 1e-9)
+    if not total:  # as when all units are gone
+        return dict.fromkeys(costs, mean)
+    unit = mean * sum(sizes.values()) / total
     return {group: unit * cost for group, cost in costs.items()}

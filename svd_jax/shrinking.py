@@ -283,6 +283,12 @@ def _cut_like(new: PyTree, old: PyTree, kept: Mapping[Path, Units]) -> PyTree:
         if path not in known:  # a constant that had no place before
             return leaf
         units = _units_of(path, known[path].shape, kept)
-        return known[path] if units is None else known[path][np.ix_(*units)]
+        cut = known[path] if units is None else known[path][np.ix_(*units)]
+        if cut.shape != leaf.shape:
+            raise ValueError(
+                f'{"/".join(path)} of the optimiser is no array like its parameter, such as a '
+                'moment of Adam is: shrink with such an optimiser, or start with a new state'
+            )
+        return cut
 
     return jax.tree_util.tree_map_with_path(leaf_of, new)

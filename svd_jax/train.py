@@ -50,9 +50,10 @@ class TrainState(flax.struct.PyTreeNode):
         """
         collections = dict(variables)
         params = collections.pop('params')
-        # A copy: steps donate their state, and the caller's own arrays must survive that.
-        params, collections = jax.tree.map(jnp.array, (params, collections))
-        return cls(jnp.zeros((), jnp.int32), params, tx.init(params), collections)
+        # Copies: steps donate their state, and the caller's own arrays must survive that. Some
+        # optimisers begin with the parameters themselves, and no array can be donated twice.
+        copies = jax.tree.map(jnp.array, (params, tx.init(params), collections))
+        return cls(jnp.zeros((), jnp.int32), *copies)
 
     @property
     def variables(self) -> dict[str, PyTree]:

@@ -151,6 +151,10 @@ def selector(where: Where, paths: list[str]) -> Callable[[str], bool]:
         return lambda path: True
     if isinstance(where, str):
         pattern = re.compile(where)
+        if not any(map(pattern.search, paths)):
+            raise ValueError(
+                f'the pattern {where!r} is found in none of the weights {", ".join(paths)}'
+            )
         return lambda path: pattern.search(path) is not None
     if isinstance(where, Collection):
         unknown = [path for path in where if path not in paths]

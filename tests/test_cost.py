@@ -65,6 +65,14 @@ def test_weights_are_in_proportion_to_costs_and_have_the_mean_that_is_asked(netw
     assert total / sum(sizes.values()) == pytest.approx(30)
 
 
+def test_a_cost_below_zero_is_noise_of_measuring(network) -> None:
+    *_, params = network
+    assert svd.kl_weights({FILTERS: -1e-5, INPUTS: 2.0}, params) == {
+        FILTERS: 0, INPUTS: pytest.approx(30 / 27)
+    }  # fmt: skip
+    assert svd.kl_weights({FILTERS: 0.0, INPUTS: -1.0}, params, 4.0) == {FILTERS: 4, INPUTS: 4}
+
+
 def test_without_groups_nothing_has_a_cost(network) -> None:
     model, x, params = network
     with pytest.raises(ValueError, match='no weight has groups'):

@@ -158,6 +158,12 @@ def test_what_cannot_shrink_is_refused(started: Any) -> None:
         svd.shrink(model, state.replace(collections={'batch_stats': {}}), tx, x)
     with pytest.raises(ValueError, match='no unit is left'):
         svd.shrink(model, state, tx, x, threshold=-99.0)
+    factored = optax.adafactor(0.1, min_dim_size_to_factor=2)
+    other = svd.TrainState.create(state.variables, factored)
+    with pytest.raises(
+        ValueError, match=r'v_row.* of the optimiser is no array like its parameter'
+    ):
+        svd.shrink(model, other, factored, x)
 
 
 # --- Batch statistics -----------------------------------------------------------------------------

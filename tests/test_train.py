@@ -249,8 +249,17 @@ def test_batch_statistics_are_carried(num_samples: int) -> None:
         optax.MultiSteps(optax.adam(0.1), 2),
         optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.03)),
         optax.chain(optax.add_noise(0.01, 0.5, 0), optax.sgd(0.3)),
+        optax.contrib.prodigy(0.5),
     ],
-    ids=['adam', 'momentum', 'adamw', 'MultiSteps', 'clipped rmsprop', 'with a key in its state'],
+    ids=[
+        'adam',
+        'momentum',
+        'adamw',
+        'MultiSteps',
+        'clipped rmsprop',
+        'with a key in its state',
+        'with the first parameters in its state',
+    ],
 )
 def test_any_optimiser_trains(tx) -> None:
     tx = optax.GradientTransformation(tx.init, tx.update)

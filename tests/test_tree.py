@@ -242,7 +242,12 @@ def test_where_chooses(where, chosen: set[str]) -> None:
         (lambda: svd.variational({'a': [LAYER, FULL]}), '^a/1/kernel is variational already'),
         (lambda: svd.variational({'scale': jnp.ones(2)}), 'no leaf named kernel or embedding'),
         (lambda: svd.variational({'kernel': jnp.arange(2)}), 'no leaf named kernel or embedding'),
-        (lambda: svd.variational({'a': LAYER}, 'b'), "where='b' chose none of a/kernel"),
+        (lambda: svd.variational({'a': LAYER}, 'b'), "'b' is found in none of.*a/kernel"),
+        (
+            lambda: svd.variational({'a': LAYER}, 'b', groups='inputs'),
+            "'b' is found in none of.*a/kernel",
+        ),
+        (lambda: svd.sample(FULL, jax.random.key(0), 'LSTM'), "'LSTM' is found in none of"),
         (
             lambda: svd.variational(NETWORK, ['Conv_0/kernel', 'Dense_0', 'Dense_1/kernel']),
             'where names Dense_0, Dense_1/kernel, but the weights are Conv_0/kernel, Dense_0/kernel'
@@ -275,6 +280,15 @@ def test_where_chooses(where, chosen: set[str]) -> None:
 def test_errors_name_the_path_and_the_remedy(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_keys_need_not_be_strings() -> None:
+    tree = svd.variational({'layers': {0: LAYER, 1: LAYER}}, 'layers/1/')
+    assert set(tree['layers']) == {0, 1}
+    assert [set(tree['layers'][i]) for i in (0, 1)] == [set(LAYER), {*LAYER, 'log_sigma2'}]
+    assert jax.tree.structure(svd.sparsify(tree)) == jax.tree.structure(
+        {'layers': {0: LAYER, 1: LAYER}}
+    )
 
 
 PAIR = {'Conv_0': FULL, 'Conv_1': FULL, 'heads': [FULL]}
