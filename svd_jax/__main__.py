@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +16,10 @@ from flax.errors import FlaxError
 
 from svd_jax.compaction import compact
 from svd_jax.export import export_arrays, export_onnx, export_stablehlo
-from svd_jax.file import SvdFormatError, load
+from svd_jax.file import MOST_BYTES, SvdFormatError, load
 from svd_jax.inspection import compare, inspect, verify
 
+_BAD_INPUT = OSError, ValueError, ImportError, NotImplementedError, MemoryError, FlaxError
 _NETWORKS = {'.stablehlo': export_stablehlo, '.onnx': export_onnx}
 
 _EXPORT = """\
@@ -43,20 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
       is damaged; 2: something cannot be done, and a line on stderr says why.
     """
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be Unicode
+            stream.reconfigure(errors='backslashreplace')
     try:
-        return options.run(options)
-    except (OSError, ValueError, ImportError, NotImplementedError, FlaxError) as error:
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except _BAD_INPUT as error:
         _complain(error)
         return 2
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    print(inspect(options.file))
+    print(inspect(options.file, max_bytes=options.max_bytes))
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
-    comparison = compare(options.a, options.b)
+    comparison = compare(options.a, options.b, max_bytes=options.max_bytes)
     print(comparison)
     return 0 if comparison.equal else 1
 
@@ -65,23 +76,25 @@ def _verify(options: argparse.Namespace) -> int:
     code = 0
     for path in options.files:
         try:
-            print(f'{path}: {verify(path)}')
-        except (SvdFormatError, OSError) as error:
+            found = verify(path, max_bytes=options.max_bytes)
+        except (SvdFormatError, OSError, MemoryError) as error:
             code = max(code, 1 if isinstance(error, SvdFormatError) else 2)
             _complain(error)
+        else:
+            print(f'{path}: {found}')
     return code
 
 
 def _export(options: argparse.Namespace) -> int:
-    tree, suffix = load(options.file), options.to.suffix
+    tree, suffix = load(options.file, max_bytes=options.max_bytes), options.to.suffix
     if suffix not in _NETWORKS:
         export_arrays(tree, options.to)
     else:
         if options.model is None or not options.input:
             raise ValueError(f'for {suffix}, --model and --input say what the network is')
         model = _model(options.model)
-        example = [jnp.zeros(shape, dtype) for shape, dtype in options.input]
         try:
+            example = [jnp.zeros(shape, dtype) for shape, dtype in options.input]
             small = compact(model, tree, *example, **dict(options.option))
         except TypeError as error:  # of arguments, or of shapes
             raise ValueError(f'the model does not take these: {_line(error)}') from error
@@ -109,7 +122,10 @@ def _input(text: str) -> tuple[tuple[int, ...], jnp.dtype]:
     """Shape and type of an input: ``1,28,28,1`` or ``1,16:int32``."""
     shape, _, dtype = text.partition(':')
     try:
-        return tuple(map(int, shape.split(','))), jnp.dtype(dtype or 'float32')
+        sizes, kind = tuple(map(int, shape.split(','))), jnp.dtype(dtype or 'float32')
+        if min(sizes) < 0 or not (jnp.issubdtype(kind, jnp.number) or kind.kind == 'b'):
+            raise ValueError(text)
+        return sizes, kind
     except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(
             f'{text!r} must be a shape, as in 1,28,28,1, with a type if not float32: 1,16:int32'
@@ -139,6 +155,10 @@ def _complain(error: Exception) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m svd_jax', description=__doc__)
+    parser.add_argument(
+        '--max-bytes', type=int, default=MOST_BYTES, metavar='N',
+        help='what the arrays of a file may take in memory; %(default)s if not given',
+    )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
     command = commands.add_parser('inspect', help='what is in a file, and where its bytes go')

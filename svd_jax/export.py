@@ -122,7 +122,7 @@ def export_arrays(params: PyTree, path: str | os.PathLike[str]) -> None:
     """A tree as a file of plain dense arrays, for programs that read no ``.svd``.
 
     Arrays are named by their paths, such as ``Conv_0/kernel``; ``.msgpack`` keeps the tree, as
-    ``flax.serialization.msgpack_restore`` reads it.
+    ``flax.serialization.msgpack_restore`` reads it, with dicts in the place of lists and tuples.
 
     Args:
       params: nested dicts, lists and tuples of arrays.
@@ -131,7 +131,8 @@ def export_arrays(params: PyTree, path: str | os.PathLike[str]) -> None:
 
     Raises:
       ImportError: for ``.safetensors``, that package is not installed.
-      ValueError: the name ends in something else.
+      ValueError: the name ends in something else; two arrays have the same path, or NumPy's format
+        has no room for one of that name.
 
     Example:
       >>> import os, tempfile
@@ -143,8 +144,10 @@ def export_arrays(params: PyTree, path: str | os.PathLike[str]) -> None:
       (3, 2)
     """
     path = Path(path)
-    arrays = {name: np.asarray(array) for name, array in convention.leaves(params)}
+    arrays = {name: np.asarray(a, order='C') for name, a in convention.by_path(params).items()}
     if path.suffix == '.npz':
+        for name in {'file', 'allow_pickle'} & arrays.keys():  # arguments of np.savez
+            raise ValueError(f'an array cannot be called {name} in .npz: put it into a dict')
         known = {name: _known_to_numpy(array) for name, array in arrays.items()}
         np.savez(path, **known)  # type: ignore[arg-type]  # they are no flags
     elif path.suffix == '.safetensors':
@@ -156,7 +159,7 @@ def export_arrays(params: PyTree, path: str | os.PathLike[str]) -> None:
                 name='safetensors',
             ) from error
         # Not by its save_file, which makes files that only their owner may read.
-        path.write_bytes(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+        path.write_bytes(save(arrays))
     elif path.suffix == '.msgpack':
         path.write_bytes(serialization.to_bytes(params))
     else:
@@ -220,7 +223,8 @@ def _max_pool(
     padding: tuple[tuple[int, int], ...],
     **_: Any,
 ) -> jax.Array:
-    lowest = np.array(-np.inf, x.dtype)
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    lowest = np.array(-np.inf if floating else jnp.iinfo(x.dtype).min, x.dtype)
     for axis, widths in enumerate(padding):  # jax2onnx's own padding takes no unknown sizes
         before, after = (
             lax.broadcast(lowest, [width if a == axis else n for a, n in enumerate(x.shape)])

@@ -36,14 +36,17 @@ _DTYPES = [
 ]  # fmt: skip
 _DICT, _LIST, _TUPLE, _ARRAY = range(4)
 _EXACT, _QUANTISED = range(2)
-_DEEPEST = 64
+_DEEPEST, _MOST_AXES, _LONGEST = 64, 32, 2**40
+
+# Steps to the largest number: more than float32 tells apart, and it stays exact.
+_MOST_LEVELS = 2**30
 
 # Where bits= looks for the tolerance, and in how many steps.
 _TOLERANCES = 2.0**-12, 8.0
 _BISECTIONS = 14
 
 _LARGEST_HEADER = 2**20
-_MOST_BYTES = 2**32  # that arrays take in memory, unless one says otherwise
+MOST_BYTES = 2**32  # that arrays take in memory, unless one says otherwise
 
 # What headers often hold, for deflate to refer to.
 _PHRASES = (
@@ -101,9 +104,9 @@ def save(
 
     Raises:
       ValueError: the tree holds what is no array, or an array of a type that the format does not
-        know, or more arrays than a header has room for; ``tolerance`` is not above 0, or there is
-        no posterior to measure it by; both ``tolerance`` and ``bits`` are given, or no tolerance
-        makes so few bits.
+        know, or more arrays, axes or levels than it has room for; ``tolerance`` is not above 0, or
+        there is no posterior to measure it by, or a weight is not finite; both ``tolerance`` and
+        ``bits`` are given, or no tolerance makes so few bits.
 
     Example:
       >>> import os, tempfile
@@ -171,7 +174,7 @@ def _encode_in(params: PyTree, sparse: PyTree, bits: float) -> bytes:
     return best
 
 
-def load(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> PyTree:
+def load(path: str | os.PathLike[str], *, max_bytes: int = MOST_BYTES) -> PyTree:
     """Reads a tree of arrays from a ``.svd`` file.
 
     Args:
@@ -211,7 +214,7 @@ class Opened(NamedTuple):
     contents: memoryview
 
 
-def opened(data: bytes, max_bytes: int = _MOST_BYTES) -> Opened:
+def opened(data: bytes, max_bytes: int = MOST_BYTES) -> Opened:
     """Checks a file before any array is made.
 
     Raises:
@@ -233,7 +236,8 @@ def opened(data: bytes, max_bytes: int = _MOST_BYTES) -> Opened:
     needed = sum(leaf.nbytes for leaf in leaves(skeleton))
     if needed > max_bytes:
         raise SvdFormatError(
-            f'its arrays take {needed:,} bytes: pass max_bytes= to allow more than {max_bytes:,}'
+            f'its arrays take {needed:,} bytes: pass max_bytes= to allow more than {max_bytes:,}; '
+            'on the command line, --max-bytes before the command'
         )
     return Opened(skeleton, len(packed), memoryview(outer.rest()))
 
@@ -271,7 +275,7 @@ def code_array(
 def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[str, Any]]:
     """Step and levels of every array that is quantised, by path."""
     kept = {weight.path: np.asarray(weight.values) for weight in convention.weights(sparse)}
-    siblings = dict(convention.leaves(sparse))
+    siblings = convention.by_path(sparse)
     for weight in convention.weights(params):
         if not weight.randoms:
             continue
@@ -280,11 +284,18 @@ def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[s
         used = sigma[values != 0]
         if not used.size:
             continue
+        if not np.all(np.isfinite(values)):
+            raise ValueError(f'{weight.path} has values that are not finite: nothing rounds them')
+        if not np.all((used > 0) & np.isfinite(used)):
+            continue  # no error is small beside no noise
         code = quantise.step_code(quantise.step_size(used, tolerance))
-        yield weight.path, (code, quantise.levels(values, sigma, quantise.step(code), tolerance))
-        bias = f'{weight.path.rpartition("/")[0]}/bias'.removeprefix('/')
-        if bias in siblings:
-            yield bias, quantise.bias_levels(np.asarray(siblings[bias]), quantise.step(code))
+        step = quantise.step(code)
+        if np.max(np.abs(values)) < _MOST_LEVELS * step:
+            yield weight.path, (code, quantise.levels(values, sigma, step, tolerance))
+        name = f'{weight.path.rpartition("/")[0]}/bias'.removeprefix('/')
+        bias = np.asarray(siblings.get(name, np.zeros(0, bool)))
+        if bias.dtype.kind in 'fV' and np.all(np.abs(bias) < _MOST_LEVELS * step / 4):
+            yield name, quantise.bias_levels(bias, step)
 
 
 # The header.
@@ -294,6 +305,8 @@ def _describe(
     node: Any, steps: Mapping[str, Any], header: bytearray, path: str = ''
 ) -> Iterator[tuple[Leaf, np.ndarray, np.ndarray | None]]:
     """Appends the description of a tree to the header, and gives its arrays in order."""
+    if path.count('/') > _DEEPEST:
+        raise ValueError(f'{path} is nested deeper than {_DEEPEST}, which is all the format takes')
     if isinstance(node, Mapping):
         header += bytes([_DICT]) + _number(len(node))
         for key, child in node.items():
@@ -315,6 +328,11 @@ def _describe(
         array = np.asarray(node)
         if array.dtype not in _DTYPES:
             raise ValueError(f'{name} has type {array.dtype}: convert it, to float32 for example')
+        if array.ndim > _MOST_AXES or max(array.shape, default=0) >= _LONGEST:
+            raise ValueError(
+                f'{name} has shape {array.shape}: the format takes {_MOST_AXES} axes, each below '
+                f'{_LONGEST:,}'
+            )
         step, levels = steps.get(name, (None, None))
         header += bytes([_ARRAY, _DTYPES.index(array.dtype)]) + _number(array.ndim)
         for size in array.shape:
@@ -350,10 +368,10 @@ def _skeleton(header: '_Bytes', depth: int) -> Any:
     if number >= len(_DTYPES):
         raise SvdFormatError(f'damaged: no type has number {number}')
     ndim = header.number()
-    if ndim > 32:
+    if ndim > _MOST_AXES:
         raise SvdFormatError(f'damaged: an array of {ndim} axes')
     shape, coding, step = tuple(header.number() for _ in range(ndim)), header.byte(), None
-    if max(shape, default=0) >= 2**40:
+    if max(shape, default=0) >= _LONGEST:
         raise SvdFormatError(f'damaged: an array of shape {shape}')
     if coding == _QUANTISED:
         step = header.byte()
@@ -433,7 +451,11 @@ def _inflate(data: bytes | memoryview) -> bytes:
 
 def _replace(path: Path, data: bytes) -> None:
     """Writes a file all at once: a full disk leaves what was there."""
-    temporary = path.with_name(f'{path.name}.{secrets.token_hex(8)}.tmp')
+    path = path.resolve()  # a link stays one
+    if path.exists() and not path.is_file():  # a device, or a folder, which is an error
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f'.{secrets.token_hex(8)}.tmp')
     try:
         # Not by tempfile, whose files only their owner may read.
         with temporary.open('xb') as file:

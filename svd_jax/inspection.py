@@ -180,11 +180,12 @@ class Verified(NamedTuple):
         return f'sound: {self.bytes:,} bytes, {self.arrays:,} arrays, {self.numbers:,} numbers'
 
 
-def inspect(path: PathLike) -> Inspection:
+def inspect(path: PathLike, *, max_bytes: int = file.MOST_BYTES) -> Inspection:
     """What is in a ``.svd`` file, and where its bytes go.
 
     Args:
       path: of the file.
+      max_bytes: as for :func:`svd_jax.load`.
 
     Returns:
       An :class:`Inspection`, by array; prints as a table.
@@ -208,21 +209,23 @@ def inspect(path: PathLike) -> Inspection:
       >>> layer.path, layer.nonzero, layer.inputs, layer.units
       ('Dense_0/kernel', (2, 30000), (1, 300), (2, 100))
     """
-    return _inspect(path)[0]
+    return _inspect(path, max_bytes)[0]
 
 
-def compare(a: PathLike, b: PathLike) -> Comparison:
+def compare(a: PathLike, b: PathLike, *, max_bytes: int = file.MOST_BYTES) -> Comparison:
     """How the trees in two ``.svd`` files differ, array by array.
 
     Args:
       a: path of one file.
       b: path of the other.
+      max_bytes: as for :func:`svd_jax.load`.
 
     Returns:
       A :class:`Comparison`; prints as a table.
 
     Raises:
       SvdFormatError: one is not such a file, damaged, or of a later version.
+      ValueError: two arrays of one have the same path.
       OSError: one cannot be read.
 
     Example:
@@ -236,7 +239,8 @@ def compare(a: PathLike, b: PathLike) -> Comparison:
       >>> layer.common, layer.only, layer.largest
       (2, (0, 0), 0.5)
     """
-    (first, of_a), (second, of_b) = _inspect(a), _inspect(b)
+    (first, tree_a), (second, tree_b) = (_inspect(path, max_bytes) for path in (a, b))
+    of_a, of_b = map(convention.by_path, (tree_a, tree_b))
     sizes = [{layer.path: layer.bits / 8 for layer in found.layers} for found in (first, second)]
     return Comparison(
         tuple(
@@ -249,11 +253,12 @@ def compare(a: PathLike, b: PathLike) -> Comparison:
     )
 
 
-def verify(path: PathLike) -> Verified:
+def verify(path: PathLike, *, max_bytes: int = file.MOST_BYTES) -> Verified:
     """Checks a ``.svd`` file: its checksum, and that every array can be read.
 
     Args:
       path: of the file.
+      max_bytes: as for :func:`svd_jax.load`.
 
     Returns:
       A :class:`Verified`: what it holds, in a line.
@@ -271,7 +276,7 @@ def verify(path: PathLike) -> Verified:
       >>> svd.verify(path)[1:]
       (1, 3)
     """
-    sizes = [array.size for _, array in convention.leaves(file.load(path))]
+    sizes = [array.size for _, array in convention.leaves(file.load(path, max_bytes=max_bytes))]
     return Verified(Path(path).stat().st_size, len(sizes), sum(sizes))
 
 
@@ -293,11 +298,12 @@ class _Meter(entropy.Writer):
         return 32 * words + 64 - math.log2(left)
 
 
-def _inspect(path: PathLike) -> tuple[Inspection, dict[str, np.ndarray]]:
-    """And the arrays by path."""
-    found = list(convention.leaves(file.load(path)))  # or an error that names the file
+def _inspect(path: PathLike, max_bytes: int) -> tuple[Inspection, Any]:
+    """And the tree."""
+    tree = file.load(path, max_bytes=max_bytes)  # or an error that names the file
+    found = list(convention.leaves(tree))
     data = Path(path).read_bytes()
-    opened = file.opened(data)
+    opened = file.opened(data, max_bytes)
     meter = _Meter(entropy.Reader(opened.contents))
     layers = tuple(
         _stored(name, array, leaf, meter)
@@ -309,7 +315,7 @@ def _inspect(path: PathLike) -> tuple[Inspection, dict[str, np.ndarray]]:
         'values': sum(layer.value_bits for layer in layers) / 8,
     }
     sections['frame'] = len(data) - sum(sections.values())
-    return Inspection(layers, sections, sum(array.nbytes for _, array in found)), dict(found)
+    return Inspection(layers, sections, sum(array.nbytes for _, array in found)), tree
 
 
 def _stored(path: str, array: np.ndarray, leaf: file.Leaf, meter: _Meter) -> Stored:

@@ -81,8 +81,8 @@ class Report(NamedTuple):
     @property
     def multiply_adds(self) -> tuple[int, int]:
         """For one example: of the dense compacted network, and executed."""
-        dense, executed = zip(*(layer.multiply_adds for layer in self.layers), strict=True)
-        return sum(dense), sum(executed)
+        dense, executed = (sum(layer.multiply_adds[at] for layer in self.layers) for at in (0, 1))
+        return dense, executed
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
@@ -162,6 +162,10 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_cores())
 
 
+if hasattr(os, 'register_at_fork'):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
 @functools.cache
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -177,16 +181,18 @@ class Compiled:
       report: how the network runs.
     """
 
-    def __init__(
-        self, run: Callable[..., Any], features: tuple[int, ...] | None, report: Report
-    ) -> None:
-        self._run, self._features, self.report = run, features, report
+    def __init__(self, run: Callable[..., Any], example: np.ndarray | None, report: Report) -> None:
+        self._run, self.report = run, report
+        self._features = None if example is None else example.shape[1:]
+        floating = example is not None and jax.numpy.issubdtype(example.dtype, np.floating)
+        self._dtype = example.dtype if example is not None and floating else None
 
     def __call__(self, *inputs: Any) -> Any:
         """The output for these inputs.
 
         Args:
-          inputs: of the shape of the example, but for the batch.
+          inputs: of the shape of the example, but for the batch; numbers of another type become
+            those of the example, if that has floating-point numbers.
 
         Raises:
           ValueError: they are of another shape.
@@ -197,6 +203,8 @@ class Compiled:
             features = ', '.join(map(str, self._features))
             shapes = list(map(np.shape, inputs))
             raise ValueError(f'pass one array of shape (batch, {features}), not {shapes}')
+        if self._dtype is not None and getattr(inputs[0], 'dtype', None) != self._dtype:
+            inputs = (np.asarray(inputs[0], self._dtype),)
         return self._run(*inputs)
 
 
@@ -265,7 +273,7 @@ def _fastest(network: Network, whole: Callable[..., Any], example: np.ndarray) -
     times = _microseconds(*(functools.partial(run, example) for run, _ in runs))
     us, (run, kinds) = min(zip(times, runs, strict=True), key=lambda pair: pair[0])
     kept = tuple(layer.as_kept(kind) for layer, kind in zip(layers, kinds, strict=True))
-    return Compiled(run, example.shape[1:], Report(kept, times[0], us))
+    return Compiled(run, example, Report(kept, times[0], us))
 
 
 def _measured(network: Network, part: int, x: Any) -> tuple[Layer, Any]:

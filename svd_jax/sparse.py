@@ -375,7 +375,7 @@ class _Lowering:
         around = [rows.shape[axis] for axis in free]
         units = [weights.shape[axis] for axis in kept]
         positions, channels = int(np.prod(around)), int(np.prod(units))
-        if not positions * channels:
+        if not positions * channels * weights.size:
             raise NotCoveredError('an empty product')
         matrix = weights.transpose(*kept, *right).reshape(channels, -1)
         grid = rows.transpose(*summed, *free).reshape(-1, positions)

@@ -225,6 +225,14 @@ def test_every_step_has_its_number() -> None:
     assert [quantise.step_code(quantise.step(code)) for code in range(256)] == list(range(256))
 
 
+def nested(depth: int) -> Any:
+    """Dicts in dicts; the array in the last is that deep."""
+    tree: Any = np.ones(1)
+    for _ in range(depth):
+        tree = {'a': tree}
+    return tree
+
+
 @pytest.mark.parametrize(
     ('params', 'options', 'message'),
     [
@@ -235,6 +243,19 @@ def test_every_step_has_its_number() -> None:
         ({'a': {'b': 3}}, {}, 'a/b is a int: the format holds arrays alone'),
         ({'a': np.array(['x'])}, {}, 'a has type <U1: convert it'),
         ({3: np.ones(2)}, {}, '3 is no string'),
+        ({'a': np.zeros((1,) * 33)}, {}, 'a has shape .* takes 32 axes'),
+        ({'a': np.zeros((0, 2**40))}, {}, 'a has shape .* each below'),
+        (nested(66), {}, 'nested deeper than 64'),
+        (
+            variational()['layer'] | {'kernel': np.full((60, 40), np.inf, np.float32)},
+            {'tolerance': 0.1},
+            'kernel has values that are not finite',
+        ),
+        (
+            {'a/b': variational(), 'a': {'b': variational()}},
+            {'tolerance': 0.1},
+            'two arrays have the path a/b/',
+        ),
         ({'a': jax.random.key(0)}, {}, r'a is a PRNG key: save jax\.random\.key_data'),
     ],
 )
@@ -244,6 +265,51 @@ def test_what_cannot_be_saved_is_refused(
     with pytest.raises(ValueError, match=message):
         svd.save(tmp_path / 'a.svd', params, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('log_sigma2', [-np.inf, -80.0, -60.0, -48.0, 0.0])
+@pytest.mark.parametrize('bias', [np.arange(40), np.float32([0.5, np.nan, np.inf, 2e9] * 10)])
+def test_what_rounding_cannot_change_stays_exact(
+    tmp_path: Path, log_sigma2: float, bias: np.ndarray
+) -> None:
+    tree = {**variational()['layer'], 'bias': bias}
+    tree['log_sigma2'] = np.full_like(tree['log_sigma2'], -9.0)
+    tree['log_sigma2'].flat[0] = log_sigma2  # of one weight
+    left = jax.device_get(svd.sparsify(tree))
+    svd.save(tmp_path / 'a.svd', tree, tolerance=0.1)
+    found = svd.load(tmp_path / 'a.svd')
+    np.testing.assert_array_equal(found['bias'], bias)
+    rounding = np.max(np.abs(found['kernel'] - left['kernel']))
+    assert rounding < 0.1
+    assert (rounding == 0) == (log_sigma2 < -40)
+
+
+@pytest.mark.parametrize('depth', [64, 65])
+def test_every_depth_that_is_saved_is_loaded(tmp_path: Path, depth: int) -> None:
+    if depth > file._DEEPEST:
+        with pytest.raises(ValueError, match='nested deeper'):
+            svd.save(tmp_path / 'a.svd', nested(depth))
+        return
+    svd.save(tmp_path / 'a.svd', nested(depth))
+    assert jax.tree.structure(svd.load(tmp_path / 'a.svd')) == jax.tree.structure(nested(depth))
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / 'link.svd').symlink_to(tmp_path / 'a.svd')
+    svd.save(tmp_path / 'link.svd', {'a': np.ones(3)})
+    assert (tmp_path / 'link.svd').is_symlink()
+    assert np.array_equal(svd.load(tmp_path / 'a.svd')['a'], np.ones(3))
+    svd.save(tmp_path / f'{"a" * 251}.svd', {'a': np.ones(3)})  # the longest name
+
+
+def test_a_device_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / 'pipe'
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    written = svd.save(pipe, {'a': np.ones(3)})
+    assert len(os.read(reader, 1000)) == written
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch) -> None:

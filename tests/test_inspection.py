@@ -1,6 +1,7 @@
 """svd_jax.inspection and the commands, against what NumPy finds in the same arrays."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -156,6 +157,21 @@ def test_names_that_make_the_same_path(tmp_path: Path) -> None:
     one = np.ones(1, np.float32)
     svd.save(tmp_path / 'a.svd', {'a/b': one, 'a': {'b': one}})
     assert [layer.path for layer in inspect(tmp_path / 'a.svd').layers] == ['a/b', 'a/b']
+    with pytest.raises(ValueError, match='two arrays have the path a/b: rename'):
+        compare(tmp_path / 'a.svd', tmp_path / 'a.svd')
+    with pytest.raises(ValueError, match='two arrays have the path a/b: rename'):
+        svd.export_arrays({'a/b': one, 'a': {'b': one}}, tmp_path / 'a.npz')
+
+
+def test_as_large_as_one_allows(tmp_path: Path, capsys) -> None:
+    path = tmp_path / 'a.svd'
+    svd.save(path, {'a': np.ones(100, np.float32)})
+    for look in (inspect, verify, lambda path, **limit: compare(path, path, **limit)):
+        look(path, max_bytes=400)
+        with pytest.raises(ValueError, match='its arrays take 400 bytes: pass max_bytes='):
+            look(path, max_bytes=399)
+    assert run(capsys, '--max-bytes', '399', 'inspect', path)[0] == 2
+    assert run(capsys, '--max-bytes', '400', 'inspect', path)[0] == 0
 
 
 def test_arrays_that_only_one_file_has(tmp_path: Path) -> None:
@@ -292,6 +308,7 @@ def test_export_of_a_network(network, tmp_path: Path, capsys, model: str) -> Non
         (['--model', 'a_model:DTYPES'], 'not callable'),
         (['--model', 'a_model:dict'], 'has no attribute|is a dict'),
         (['--model', 'a_model:Network', '--input', '1,5'], 'expected'),
+        (['export', 'named.svd', '--to', 'out.npz'], 'cannot be called file in .npz'),
         (['--model', 'a_model:Network', '--option', 'none=1'], "does not take.*'none'"),
     ],
 )
@@ -300,6 +317,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(network[0].parent)
     Path('text').write_text('some text')
+    svd.save('named.svd', {'file': np.ones(1)})
     if arguments[0] == '--model':
         given = [] if '--input' in arguments else ['--input', '1,3']
         arguments = ['export', 'network.svd', '--to', 'out.stablehlo', *arguments, *given]
@@ -308,6 +326,34 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert err.startswith('svd_jax: ')
     assert err.count('\n') == 1
     assert re.search(message, err)
+
+
+@pytest.mark.parametrize('text', ['-1,28,28,1', '1,16:str', '1,16:O', '', '1,x'])
+def test_an_input_that_is_none(network, capsys, text: str) -> None:
+    path = network[0]
+    with pytest.raises(SystemExit) as exit_:
+        run(capsys, 'export', path, '--to', 'out.onnx', '--model', 'a:b', f'--input={text}')
+    assert exit_.value.code == 2
+    assert 'must be a shape, as in 1,28,28,1' in capsys.readouterr().err
+
+
+def test_scalars_stay_scalars(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip('safetensors.numpy')
+    svd.export_arrays({'a': np.float32(2)}, tmp_path / 'a.safetensors')
+    assert safetensors.load_file(tmp_path / 'a.safetensors')['a'].shape == ()
+
+
+@pytest.mark.parametrize('command', ['verify', 'inspect'])
+def test_a_reader_that_has_enough_is_no_error(files, command: str) -> None:
+    many = [files[0]] * (300 if command == 'verify' else 1)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, '-m', 'svd_jax', command, *map(str, many)],
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, '')
 
 
 def test_as_a_process(files) -> None:

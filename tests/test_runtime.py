@@ -233,6 +233,23 @@ def test_two_inputs_run_as_they_are() -> None:
     compiled = runtime.compile(svd.Compact(p, jax.jit(apply), None), x, x)  # type: ignore[arg-type]
     assert_close(compiled(x, x), 2 * x @ p)
     assert 'not one array as input' in str(compiled.report)
+    assert compiled.report.multiply_adds == (0, 0)
+
+
+def test_a_product_of_which_nothing_is_read() -> None:
+    """Such as the queries of an attention whose weights were all dropped."""
+
+    class Positions(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = jnp.exp(x)
+            return x + nn.Dense(5)(nn.Dense(3)(x))
+
+    x = images(2, 4, 5)
+    params = jax.tree.map(np.array, Positions().init(jax.random.key(0), x)['params'])
+    params['Dense_1']['kernel'][:] = 0
+    small = svd.compact(Positions(), params, x)
+    assert_close(runtime.compile(small, x)(x), small(x))
 
 
 def test_takes_arrays_of_many_kinds() -> None:
@@ -243,6 +260,8 @@ def test_takes_arrays_of_many_kinds() -> None:
     for same in (jnp.asarray(x), np.asfortranarray(x), x.astype(np.float64), unaligned):
         assert_close(compiled(same), wanted)
         assert_close(all_sparse(small, x)(same), wanted)
+    whole = np.arange(20, dtype=np.uint8).reshape(4, 5)
+    assert_close(compiled(whole), small(np.float32(whole)))
     assert_close(compiled(x[:0]), wanted[:0])
 
 
