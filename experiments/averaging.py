@@ -54,6 +54,12 @@ def averaged(state: svd.TrainState) -> svd.TrainState:
     return state.replace(params=_copy(optax.tree_utils.tree_get(state.opt_state, 'average')))
 
 
+def restarted(state: svd.TrainState) -> svd.TrainState:
+    """The state with an average that starts again from the parameters."""
+    start = _copy(state.params)
+    return state.replace(opt_state=optax.tree_utils.tree_set(state.opt_state, average=start))
+
+
 def _copy(params: Any) -> Any:
     """Buffers of its own: steps donate their state, and no buffer can be donated twice."""
     return jax.tree.map(jnp.array, params)

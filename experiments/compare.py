@@ -36,7 +36,7 @@ from experiments.environment import environment
 from experiments.errors import UsageError
 from experiments.pictures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, style
 from experiments.report import claim_of, lock, write_json
-from experiments.summaries import read
+from experiments.summaries import read, spread
 from experiments.training import Training
 
 NAME = 'compare'
@@ -118,6 +118,8 @@ class Options:
 
     def __post_init__(self) -> None:
         require(self.network in NETWORKS, 'network', f'must be one of {tuple(NETWORKS)}')
+        digits = ('auto', 'mnist', 'mnist5k')
+        require(self.dataset in digits, 'dataset', f'must be one of {digits}')
         unknown = set(self.methods) - set(LABELS)
         require(not unknown and self.methods != (), 'methods', f'must be among {tuple(LABELS)}')
         for name in ('prune_every', 'seeds'):
@@ -471,7 +473,11 @@ def _claim(out: Path, identity: dict[str, Any], resume: bool) -> dict[Any, Row]:
     write_json(out / 'run.json', identity)
     rows = {}
     lines = out / 'runs.jsonl'
-    for line in lines.read_text().splitlines() if lines.exists() else []:
+    written = lines.read_text() if lines.exists() else ''
+    if written and not written.endswith('\n'):
+        with lines.open('a') as file:
+            file.write('\n')
+    for line in written.splitlines():
         try:
             row = json.loads(line)
             rows[row['method'], row['setting'], row['seed']] = row
@@ -507,7 +513,8 @@ def _train_missing(
             row: Row = {
                 'method': job.method, 'setting': job.setting, 'seed': job.seed,
                 **{field: result[field] for field in shown},
-                'steps': int(state.step), 'train_seconds': seconds,
+                'steps': round(progress.tasks[0].completed) * training.steps,
+                'train_seconds': seconds,
             }  # fmt: skip
             with (options.folder / 'runs.jsonl').open('a') as file:
                 file.write(json.dumps(row) + '\n')
@@ -629,7 +636,7 @@ def picture(summaries: list[dict[str, Any]], path: Path) -> None:
             colour, marker = LOOKS[method]
             handles[LABELS[method]] = axes.errorbar(
                 [np.mean(each) for each in ratios], [np.mean(each) for each in errors],
-                [_sd(each) for each in errors], [_sd(each) for each in ratios],
+                [spread(each) for each in errors], [spread(each) for each in ratios],
                 f'{marker}-', color=colour, markersize=8, markeredgecolor='white', linewidth=1.2,
                 capsize=3, elinewidth=1,
             )  # fmt: skip
@@ -658,10 +665,6 @@ def picture(summaries: list[dict[str, Any]], path: Path) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def _sd(values: list[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def command_line() -> None:

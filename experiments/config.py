@@ -119,11 +119,13 @@ class Config:
             'budget',
             'must be a share, above 0 up to 1',
         )
-        for name, value in (('budget', None), ('unit_cost', 'none')):
-            require(
-                self.groups != 'none' or getattr(self, name) == value, name,
-                'is for --groups units or weights+units',
-            )  # fmt: skip
+        for field in dataclasses.fields(self):
+            name, default = field.name, field.default
+            if name.startswith('group_') or name in ('budget', 'unit_cost'):
+                require(
+                    self.groups != 'none' or getattr(self, name) == default, name,
+                    'is for --groups units or weights+units',
+                )  # fmt: skip
         require(self.shrink is None or self.shrink > 1, 'shrink', 'must be above 1')
         require(
             self.shrink is None

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import integrate, optimize, special
 
+from experiments import published
 from experiments.config import ended_in_a_line, require
 from experiments.environment import environment
 from experiments.pictures import BLUE, GREEN, ORANGE, PINK, SKY, style
@@ -30,7 +31,6 @@ from svd_jax import math
 
 NAME = 'kl_approximation'
 
-PAPER = (0.63576, 1.87320, 1.48695)  # equation 14
 # 'KL approximation.ipynb' in github.com/bayesgroup/variational-dropout-sparsifies-dnn makes the fit
 # on 1,000 points from -10 to 10, each the mean of so many samples. This is what it printed.
 NOTEBOOK = (0.636189384063, 1.8747510114, 1.48840725372)
@@ -172,7 +172,7 @@ def fits_by_reach(log_alpha: np.ndarray, kl: np.ndarray) -> list[dict[str, Any]]
 
 
 def against_paper(k: np.ndarray) -> dict[str, Any]:
-    difference = float(np.max(np.abs(k - PAPER)))
+    difference = float(np.max(np.abs(k - published.KL_CONSTANTS)))
     return {
         'constants': k.tolist(),
         'largest_difference': difference,
@@ -209,13 +209,14 @@ def run(options: Options) -> dict[str, Any]:
             'points': options.points,
             **against_paper(fitted.x),
             'tolerance': TOLERANCE,
-            'constants_of_the_paper': PAPER,
+            'constants_of_the_paper': published.KL_CONSTANTS,
             'constants_of_the_notebook': NOTEBOOK,
             'sampling_error': sampling_error(log_alpha, fitted.jac, NOTEBOOK_SAMPLES).tolist(),
             'samples': NOTEBOOK_SAMPLES,
             'sum_of_squares': 2 * float(fitted.cost),
             'kl_difference': largest_error(
-                log_alpha, fitted_kl(log_alpha, fitted.x) - fitted_kl(log_alpha, PAPER)
+                log_alpha,
+                fitted_kl(log_alpha, fitted.x) - fitted_kl(log_alpha, published.KL_CONSTANTS),
             ),
             'fits_by_reach': fits_by_reach(log_alpha, kl),
             'errors': {name: largest_error(log_alpha, v - kl) for name, v in found.items()},
@@ -253,7 +254,7 @@ def _constants_table(summary: dict[str, Any]) -> Table:
     for name in ('k1', 'k2', 'k3'):
         table.add_column(name, justify='right')
     rows = {
-        "the paper's": PAPER,
+        "the paper's": published.KL_CONSTANTS,
         "the authors' notebook": NOTEBOOK,
         '  its sampling error': summary['sampling_error'],
         f'made again, reach {summary["reach"]:g}': summary['constants'],

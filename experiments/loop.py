@@ -34,8 +34,8 @@ from experiments.training import Training
 # What each of several networks has of its own.
 _EACH = (
     'bits_per_character', 'bits_per_character_mean_weights', 'validation_bits_per_character',
-    'test_error',
-    'test_error_mean_weights', 'compression', 'nonzero', 'file_bytes',
+    'train_error', 'test_error', 'test_error_mean_weights', 'compression', 'nonzero',
+    'multiply_adds', 'file_bytes',
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def _train(
     """Trains from the last checkpoint, or from the start, to the summary."""
     experiment, config = facts['experiment'], training.config
     checkpoints = _checkpoints(experiment, out, console)
-    state, done, seconds = _start(experiment, training, checkpoints, console)
+    state, done, seconds = _start(facts, training, checkpoints, console)
     # Only now: a run that could not start leaves its folder free.
     alone = config.alone()
     folders = [out] if len(alone) == 1 else [out / name for name in alone]
@@ -240,12 +240,12 @@ def _warn(console: Console, line: str) -> None:
 
 
 def _start(
-    experiment: str, training: Training, checkpoints: Checkpoints, console: Console
+    run_facts: dict[str, Any], training: Training, checkpoints: Checkpoints, console: Console
 ) -> tuple[svd.TrainState, int, float]:
     """The state to start from, the epochs it has behind it and the seconds they took."""
     config = training.config
     if config.distil:
-        training.teacher = _dense_variables(experiment, training, console)
+        training.teacher = _dense_variables(run_facts, training, console)
     if config.resume:
         restored = checkpoints.restore(like=training.init())
         if restored is not None:
@@ -258,15 +258,16 @@ def _start(
             )
             return state, done, facts['seconds']
         console.print('no checkpoint yet: starting from the beginning')
-    dense = training.teacher or _dense_variables(experiment, training, console)
+    dense = training.teacher or _dense_variables(run_facts, training, console)
     return training.init(dense), 0, 0.0
 
 
-def _dense_variables(experiment: str, training: Training, console: Console) -> Any:
+def _dense_variables(run_facts: dict[str, Any], training: Training, console: Console) -> Any:
     """Of the dense network that ``pretrained`` names; None if it names none."""
-    if training.config.pretrained is None:
+    experiment, start = run_facts['experiment'], training.config.pretrained
+    if start is None:
         return None
-    folder = training.config.pretrained / 'checkpoints'
+    folder = start / 'checkpoints'
     advice = (
         f'give --pretrained the output folder of `python -m experiments.{experiment} '
         '--method dense`'
@@ -276,6 +277,13 @@ def _dense_variables(experiment: str, training: Training, console: Console) -> A
     )
     if found is None:
         raise UsageError(f'no checkpoint in {folder}: {advice}')
+    # It must not know what is held out here.
+    claim = claim_of(start, resume=True)
+    if claim is not None and claim.get('examples') != run_facts['examples']:
+        raise UsageError(
+            f'the network in {start} was trained or tested on other examples: train one with '
+            'the --dataset, --validation and labels of this run'
+        )
     dense, facts = found
     _warn(console, f'dense weights: those after epoch {facts["epoch"]} in {folder}')
     return dense.variables
@@ -305,12 +313,13 @@ def _say_together(console: Console, out: Path, summary: dict[str, Any]) -> None:
     table.add_column('compression', justify='right')
     for name, own in summary['networks'].items():
         ratio = own['compression']
-        table.add_row(name, measure(own).text(own), 'all' if ratio is None else f'{ratio:.1f}x')
+        left = 'no weight left' if ratio is None else f'{ratio:.1f}x'
+        table.add_row(name, measure(own).text(own), left)
     console.print()
     console.print(table)
     console.print()
     found = quality(summary)
-    if 'compression' in summary:
+    if summary.get('compression') is not None:
         found += f', {summary["compression"]:.1f} +- {summary["compression_sd"]:.1f} times'
         found += ' fewer weights'
     console.print(

@@ -213,14 +213,12 @@ def training_curves(history: History, path: Path) -> None:
         axes.plot(epochs, values, style, color=color, label=label, marker=marker, linewidth=width)
 
     error = next(panels)
-    train, test, mean = map(column, ('train_error', 'test_error', 'test_error_mean_weights'))
+    train, test = map(column, ('train_error', 'test_error'))
     draw(error, train, 'train', ORANGE, '--')
     draw(error, test, 'test', BLUE)
-    if variational:
-        draw(error, mean, 'test, no weights dropped', GREEN, ':')
     style(error, f'Test error: {test[-1]:.2f}%', 'epoch', 'error, %')
     # The first epochs may be many times worse than the rest; they run out of the panel.
-    worst = np.nanmax([train, test, mean if variational else test])
+    worst = np.nanmax([train, test])
     error.set_ylim(0, max(1.1 * min(worst, 4 * np.nanmedian(test)), 0.1))
 
     if variational:

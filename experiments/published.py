@@ -196,4 +196,4 @@ FILES = {
 }
 
 # Of the paper's approximation of the KL divergence, equation 14: k1, k2, k3.
-KL_CONSTANTS = ('0.63576', '1.87320', '1.48695')
+KL_CONSTANTS = (0.63576, 1.87320, 1.48695)

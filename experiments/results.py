@@ -31,6 +31,7 @@ from experiments.summaries import (
     in_order,
     make_run,
     read,
+    spread,
     stretches,
     with_options,
 )
@@ -408,7 +409,8 @@ def weights_table(section: Section, runs: list[Run]) -> str:
 
 def made(section: Section, runs: list[Run]) -> list[tuple[Cells, list[str]]]:
     """Rows of runs, with the commands that made them."""
-    return [(measured(group, section.dataset), group.commands()) for group in grouped(runs)]
+    starts = {run.config.pretrained for run in runs}
+    return [(measured(group, section.dataset), group.commands(starts)) for group in grouped(runs)]
 
 
 def with_commands(
@@ -507,14 +509,14 @@ def noise_table(section: Section, summaries: list[Summary]) -> str:
 
 def constants_table(summaries: list[Summary]) -> str:
     """The constants of the paper's approximation of the KL divergence, and those fitted here."""
-    fitted = {'the paper': dict(zip(CONSTANTS, published.KL_CONSTANTS, strict=True))}
+
+    def row(values: Iterable[float]) -> dict[str, str]:
+        return dict(zip(CONSTANTS, (f'{value:.5f}' for value in values), strict=True))
+
+    fitted = {'the paper': row(published.KL_CONSTANTS)}
     for summary in summaries:
-        theirs, ours = (
-            [f'{value:.5f}' for value in summary[name]]
-            for name in ('constants_of_the_notebook', 'constants')
-        )
-        fitted["the authors' notebook"] = dict(zip(CONSTANTS, theirs, strict=True))
-        fitted['**svd_jax**'] = dict(zip(CONSTANTS, ours, strict=True))
+        fitted["the authors' notebook"] = row(summary['constants_of_the_notebook'])
+        fitted['**svd_jax**'] = row(summary['constants'])
     fitted.setdefault('**svd_jax**', {'k1': '**open**'})
     return table([{'': name, **constants} for name, constants in fitted.items()])
 
@@ -579,7 +581,7 @@ def on_held_out(section: Section, runs: list[Run]) -> Iterator[str]:
         return
     yield '### What was compared to choose'
     yield (
-        'On training images that were held out: options are chosen by these, and by no error on '
+        'On training images that were held out, so that options need not be chosen by errors on '
         'the test set.'
     )
     yield with_commands(made(section, runs))
@@ -758,11 +760,6 @@ def first_commands(runs: list[Run]) -> dict[Any, int]:
     groups = grouped(tested(runs))
     numbers = itertools.accumulate((len(group.commands()) for group in groups), initial=1)
     return dict(zip((group.first.key for group in groups), numbers, strict=False))
-
-
-def spread(values: list[float]) -> float:
-    """Standard deviation of a sample; 0 of a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def width(group: Group) -> float:

@@ -6,9 +6,11 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from experiments.config import Config
 from experiments.errors import UsageError
@@ -19,6 +21,7 @@ EARLIER = {
     '-pulled': 'an earlier version, whose budget only pulled',
 }
 
+_SEED = re.compile(r'-seed\d+$')
 _NUMBER = re.compile(r'(\d+)')
 # What a summary must have to be shown.
 _FIELDS = ('method', 'dataset', 'config', 'compression', 'train_seconds', 'device')
@@ -168,10 +171,16 @@ class Group(NamedTuple):
         """Of all the training: runs that trained at once name the same seconds, each of them."""
         return sum(set(self.values('train_seconds')))
 
-    def commands(self) -> list[str]:
-        """What makes these runs, one for each run of consecutive seeds, if they can be together."""
+    def commands(self, starts: Collection[Path | None] = ()) -> list[str]:
+        """What makes these runs, one for each run of consecutive seeds, if they can be together.
+
+        Args:
+          starts: the folders that other runs start from: into them goes a run of that name.
+        """
         if self.first.earlier:
             return []
+        folder = Path('runs', _SEED.sub('', self.first.path.stem))
+        out = {'out': folder} if folder in starts else {}
         config = self.first.config
         alone = [(seed, 1) for seed in self.seeds]
         together = [
@@ -180,7 +189,9 @@ class Group(NamedTuple):
         ]
         return [
             # Also the data set that is the default: its folder has to be named.
-            command(self.experiment, {'dataset': own.dataset, **changed(own, self.experiment)})
+            command(
+                self.experiment, {'dataset': own.dataset, **changed(own, self.experiment), **out}
+            )
             for own in together
         ]
 
@@ -215,6 +226,11 @@ def stretches(seeds: list[int]) -> list[tuple[int, int]]:
         else:
             found.append((seed, 1))
     return found
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation of a sample; 0 of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def in_order(layers: Iterable[str]) -> list[str]:

@@ -70,6 +70,7 @@ class Training:
             'dtype': compute_dtype(config),
         }
         self.model = network(options=tuple(options.items()))
+        self._check_classes()
         count = len(dataset.train_labels)
         self._set_up(config, count, num_data=count)
         self.evaluated_on = f'{config.validation} held out' if config.validation else 'test set'
@@ -82,6 +83,17 @@ class Training:
             evaluation_batches(dataset.test_images),
             evaluation_batches(dataset.test_labels, fill=-1),
         )
+
+    def _check_classes(self) -> None:
+        """Refuses labels that the network has no output for: their loss would be no number."""
+        image = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
+        (logits, _), _ = jax.eval_shape(self.model.init_with_output, jax.random.key(0), image)
+        classes = 1 + int(self.dataset.train_labels.max())
+        if classes > logits.shape[-1]:
+            raise UsageError(
+                f'{self.dataset.name} has {classes} classes, this network {logits.shape[-1]}: '
+                'choose another --dataset'
+            )
 
     def _set_up(self, config: Config, count: int, num_data: int) -> None:
         """What does not depend on the kind of data: names, steps, schedules, optimiser, keys.
@@ -268,6 +280,11 @@ class Training:
                 groups=None if self.config.groups == 'none' else self.units,
                 log_normal=self.config.group_posterior == 'log-normal',
             )
+        if self.config.average and dense.keys() - {'params'}:
+            raise UsageError(
+                '--average is for networks without batch statistics: theirs are of the weights '
+                'before the average is taken'
+            )
         return svd.TrainState.create({**dense, 'params': params}, self.tx)
 
     def dense_state(self) -> svd.TrainState:
@@ -314,7 +331,10 @@ class Training:
 
         now, could = shrunk(state, float('inf')), shrunk(state, self.config.thresholds)
         if could.report.multiply_adds[1] * self.config.shrink <= now.report.multiply_adds[1]:
-            now = shrunk(could.expand(could.state), float('inf'))
+            whole = could.expand(could.state)
+            if self.config.average:  # constants of what was removed went into biases
+                whole = averaging.restarted(whole)
+            now = shrunk(whole, float('inf'))
         # The same network as in the epoch before need not be compiled again.
         key = tuple((path, *(u.tobytes() for u in units)) for path, units in now.kept.items())
         model = self._smaller.setdefault(key, now.model)

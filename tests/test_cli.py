@@ -163,6 +163,8 @@ def test_dense_then_pretrained(tmp_path: Path, capfd: pytest.CaptureFixture[str]
             lenet300.run(options(out=tmp_path / 'new', pretrained=folder))
     with pytest.raises(UsageError, match=r'is of lenet300, not of lenet5.*lenet5 --method dense'):
         lenet5.run(options(out=tmp_path / 'new', pretrained=dense))
+    with pytest.raises(UsageError, match=r'on other examples: train one with.*--validation'):
+        lenet300.run(options(out=tmp_path / 'new', pretrained=dense, validation=500))
     # Those leave the folder free for another try.
     assert not list((tmp_path / 'new').iterdir())
 

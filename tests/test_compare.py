@@ -372,8 +372,8 @@ def test_a_run_writes_what_it_says(finished: Any) -> None:
     assert together['setting'] == layerwise['setting'] == '10.0 times'
     assert layerwise['sparsity_per_layer'] == pytest.approx(ASKED)
     assert together['sparsity_per_layer'] != pytest.approx(layerwise['sparsity_per_layer'], abs=1)
-    # 4 epochs of 10 steps; iterated: 2 of 2, the second one from the first epoch on.
-    assert [row['steps'] for row in rows] == [40, 40, 20]
+    # 4 epochs of 10 steps; iterated: 2 epochs, then from the first of these on another second.
+    assert [row['steps'] for row in rows] == [40, 40, 30]
 
 
 def test_the_page_of_results_shows_it(finished: Any, tmp_path: Path) -> None:
@@ -418,6 +418,8 @@ def test_a_killed_run_goes_on_with_what_is_missing(finished: Any, like: Path) ->
         )  # fmt: skip
         main('--out', out, *SHORT, '--like', like, '--methods', *METHODS, '--resume')
     assert made == ['imp_layerwise']
+    last = (out / 'runs.jsonl').read_text().splitlines()[-1]
+    assert json.loads(last)['method'] == 'imp_layerwise'  # for the next --resume
     again = json.loads((out / 'summary.json').read_text())
     timed = ('train_seconds',)
     for method in METHODS:

@@ -44,7 +44,6 @@ def make_history(epochs: int, variational: bool = True) -> list[dict]:
             'learning_rate': 1e-3,
             'train_error': 0.0,
             'test_error': 5 / epoch,
-            'test_error_mean_weights': 4 / epoch,
             'compression': 1.0,
             'sparsity_per_layer': {'Dense_0': 0.0},
         }

@@ -10,9 +10,10 @@ import optax
 import pytest
 
 import svd_jax as svd
-from experiments import data, lenet300
+from experiments import averaging, data, lenet300, models
 from experiments.config import Config
 from experiments.errors import UsageError
+from experiments.training import Training
 from run_folders import main, metrics_of, params_of, summary_of, without_times
 
 pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once', 'no_pictures')
@@ -144,6 +145,7 @@ def test_one_of_several_dense_networks_is_a_start(tmp_path: Path) -> None:
         ({'distil': 1.5, 'fine_tune': 1, 'pretrained': Path('dense')}, '--distil must lie between'),
         ({'distil': 0.5, 'fine_tune': 1}, '--distil needs --fine-tune and the dense network of'),
         ({'distil': 0.5, 'pretrained': Path('dense')}, '--distil needs --fine-tune and'),
+        ({'group_threshold': 0.0}, '--group-threshold is for --groups units'),
         ({'average': 1.0}, '--average must be at least 0 and below 1'),
         ({'average': 0.9, 'method': 'dense'}, '--average is for --method svd'),
         ({'fine_tune': 1, 'method': 'dense'}, '--fine-tune is for --method svd'),
@@ -152,6 +154,27 @@ def test_one_of_several_dense_networks_is_a_start(tmp_path: Path) -> None:
 def test_bad_input(options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Config(**options)
+
+
+def test_labels_that_the_network_has_no_output_for() -> None:
+    dataset = data.load('mnist5k')
+    more = dataset._replace(train_labels=dataset.train_labels + 1)
+    with pytest.raises(UsageError, match=r'mnist5k has 11 classes, this network 10: .*--dataset'):
+        Training(models.LeNet300, Config(), more)
+
+
+def test_several_networks_without_a_weight_left(tmp_path: Path) -> None:
+    summary = run(tmp_path / 'out', '--epochs', '1', '--seeds', '2', '--threshold', '-20')
+    assert (summary['compression'], summary['nonzero']) == (None, 0)
+
+
+def test_an_average_can_start_again() -> None:
+    tx = optax.chain(optax.sgd(1.0), averaging.average(0.75))
+    state = svd.TrainState.create({'params': {'kernel': jnp.zeros(2)}}, tx)
+    _, opt_state = tx.update({'kernel': jnp.ones(2)}, state.opt_state, state.params)
+    moved = state.replace(params={'kernel': -jnp.ones(2)}, opt_state=opt_state)
+    for found, wanted in ((moved, -0.25), (averaging.restarted(moved), -1.0)):
+        np.testing.assert_array_equal(averaging.averaged(found).params['kernel'], wanted)
 
 
 def test_streamed_images_give_the_same_bits(plain: Path, tmp_path: Path) -> None:

@@ -31,11 +31,9 @@ SHORT = (
     '--k', str(FILTERS / 64), '--batch-size', '40', '--epochs', '2', '--checkpoint-seconds', '0',
     '--learning-rate', '0.02',
 )  # fmt: skip
+HOLD_OUT = ('--validation', str(HELD_OUT))
 # So that two epochs drop some weights and keep others.
-SPARSE = (
-    '--warmup', '0', '1', '--log-sigma2-init', '-4', '--kl-weight', '0.1',
-    '--validation', str(HELD_OUT),
-)  # fmt: skip
+SPARSE = (*HOLD_OUT, '--warmup', '0', '1', '--log-sigma2-init', '-4', '--kl-weight', '0.1')
 
 
 def coloured(seed: int) -> data.Dataset:
@@ -79,10 +77,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def sparse(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp('sparse') / 'run'
-    run(out, *SPARSE, '--pretrained', str(dense / 'seed1'))
-    return out
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('sparse')
+    run(folder / 'dense', *HOLD_OUT, '--method', 'dense')
+    run(folder / 'run', *SPARSE, '--pretrained', str(folder / 'dense'))
+    return folder / 'run'
 
 
 # --- Plain Flax, as a reference -------------------------------------------------------------------
@@ -333,3 +332,10 @@ def test_images_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert exit_.value.code == 2
     assert f'error: cifar100 not found in {tmp_path}' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
+
+
+def test_an_average_of_weights_has_no_batch_statistics(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path / 'out', '--average', '0.9')
+    assert exit_.value.code == 2
+    assert not any((tmp_path / 'out').iterdir())
