@@ -150,6 +150,9 @@ class Compact:
         ``constant`` beside its kernel.
       apply: the pure function that runs it: ``apply(params, x)`` gives what
         ``model.apply(variables, x)`` gave. It can be compiled, differentiated, vmapped, exported.
+        Where the model has a function with a derivative of its own (``jax.custom_vjp``), such as
+        one that passes gradients straight through a rounding, it is what that function computes
+        that is differentiated.
       report: what was removed.
       kept: of every array that is left, by its path, which of its entries along each axis.
     """

@@ -31,7 +31,7 @@ def by_patches(layer: nn.Module, x: jax.Array) -> bool:
         and x.ndim == 4
         and not isinstance(layer.kernel_size, int)
         and len(layer.kernel_size) == 2
-        and _padding(layer) is not None
+        and _padding(layer, x) is not None
         and _all_ones(layer.strides, layer.input_dilation, layer.kernel_dilation)
         and layer.feature_group_count == 1
         and layer.mask is None
@@ -51,10 +51,11 @@ def way(features: int) -> Any:
     return narrow if features < _WIDE else wide
 
 
-def _padding(layer: Any) -> wide.Padding | None:
+def _padding(layer: Any, x: jax.Array) -> wide.Padding | None:
     """The zeros around the image that make the layer's convolution a VALID one, if there are such.
 
-    The gradient with respect to the input needs fewer of them than the kernel has rows or columns.
+    And if an image, with those, holds the kernel. The gradient with respect to the input needs
+    fewer of them than the kernel has rows or columns.
     """
     padding = canonicalize_padding(layer.padding, 2)
     if padding == 'VALID':
@@ -63,27 +64,31 @@ def _padding(layer: Any) -> wide.Padding | None:
         padding = [((n - 1) // 2, n // 2) for n in layer.kernel_size]
     elif isinstance(padding, str):
         return None
-    return _within(padding, layer.kernel_size)
+    return _within(padding, layer.kernel_size, x)
 
 
-def _within(padding: Sequence[Sequence[int]], size: Sequence[int]) -> wide.Padding | None:
+def _within(
+    padding: Sequence[Sequence[int]], size: Sequence[int], x: jax.Array
+) -> wide.Padding | None:
     height, width = ((low, high) for low, high in padding)
     within = all(
-        0 <= zeros < n for side, n in zip((height, width), size, strict=True) for zeros in side
+        0 <= low < n and 0 <= high < n and low + pixels + high >= n
+        for (low, high), n, pixels in zip((height, width), size, x.shape[1:3], strict=True)
     )
-    return (height, width) if within else None
+    return (height, width) if within and len(x) else None
 
 
 # (batch, height, width, channels) with (height, width, channels, features), as Flax has it.
 _DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
-def padding_by_patches(params: Mapping[str, Any], kernel: Any) -> wide.Padding | None:
+def padding_by_patches(params: Mapping[str, Any], x: Any, kernel: Any) -> wide.Padding | None:
     """The zeros around the image of a ``conv_general_dilated`` that this backend computes faster
     here, with ``way(features)``; None if it doesn't.
 
     Args:
       params: of the primitive operation.
+      x: its images, of any shape.
       kernel: its kernel, of any shape.
     """
     ordinary = (
@@ -96,7 +101,7 @@ def padding_by_patches(params: Mapping[str, Any], kernel: Any) -> wide.Padding |
         and params['precision'] is None
         and params['preferred_element_type'] in (None, kernel.dtype)
     )
-    return _within(params['padding'], kernel.shape[:2]) if ordinary else None
+    return _within(params['padding'], kernel.shape[:2], x) if ordinary else None
 
 
 def apply(layer: Any, params: Params, x: jax.Array) -> jax.Array:
@@ -104,7 +109,7 @@ def apply(layer: Any, params: Params, x: jax.Array) -> jax.Array:
     x, kernel, bias = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), dtype=layer.dtype
     )
-    return way(layer.features).apply(x, kernel, bias, _padding(layer))
+    return way(layer.features).apply(x, kernel, bias, _padding(layer, x))
 
 
 def sample(
@@ -114,7 +119,7 @@ def sample(
     x, kernel, bias, sigma2 = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), sigma2, dtype=layer.dtype
     )
-    return way(layer.features).sample(x, kernel, sigma2, bias, _padding(layer), key)
+    return way(layer.features).sample(x, kernel, sigma2, bias, _padding(layer, x), key)
 
 
 @jax.custom_vjp

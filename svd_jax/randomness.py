@@ -316,7 +316,7 @@ def _as_it_is(eqn: Any, operands: list[Any]) -> list[Any]:
     if name == 'reduce_window_max' and conv.pools_2x2(eqn.params, operands[0]):
         return [conv.max_pool_2x2(operands[0])]
     if name == 'conv_general_dilated':
-        padding = conv.padding_by_patches(eqn.params, operands[1])
+        padding = conv.padding_by_patches(eqn.params, *operands)
         if padding:
             return [conv.way(operands[1].shape[-1]).apply(*operands, None, padding)]
     values = {a: v for a, v in zip(eqn.invars, operands, strict=True) if type(a) is core.Var}
@@ -402,7 +402,7 @@ def _drawn(eqn: Any, operands: list[Any], at: int, key: jax.Array) -> jax.Array:
     """By local reparameterisation of a weight that is random itself."""
     name, weight, x = eqn.primitive.name, operands[at], operands[1 - at]
     if name == 'conv_general_dilated' and at == 1:
-        padding = conv.padding_by_patches(eqn.params, weight.mean)
+        padding = conv.padding_by_patches(eqn.params, x, weight.mean)
         if padding:
             way = conv.way(weight.mean.shape[-1])
             return way.sample(x, weight.mean, weight.variance, None, padding, key)

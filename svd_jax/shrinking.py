@@ -127,8 +127,9 @@ def shrink(
     What is left goes on as it would have: parameters, posteriors, the optimiser's moments, batch
     statistics. Units that are constant go into the next bias, as :func:`svd_jax.compact` has it, so
     that the outputs of the sparsified network are the same to rounding; the noise of what is
-    removed is gone. With mutable collections they stay, since batch statistics make another
-    constant of them than running averages do: only what no weight reads is removed.
+    removed is gone, and so are derivatives of the user's own (see :class:`svd_jax.Compact`). With
+    mutable collections constant units stay, since batch statistics make another constant of them
+    than running averages do: only what no weight reads is removed.
 
     Args:
       model: as for :func:`svd_jax.compact`.

@@ -359,6 +359,23 @@ def test_other_convolutions_are_left_to_xla(layer: nn.Module) -> None:
     assert not conv.by_patches(layer, jnp.ones((2, 6, 6, 2)))
 
 
+@pytest.mark.parametrize('features', [3, 64])
+@pytest.mark.parametrize('shape', [(2, 2, 6, 3), (0, 6, 6, 3)])
+def test_no_output_is_no_error(features: int, shape: tuple[int, ...]) -> None:
+    """Images smaller than the kernel, or none at all."""
+    plain, x = nn.Conv(features, (3, 3), padding='VALID'), jnp.zeros(shape)
+    params = svd.variational(plain.init(jax.random.key(0), jnp.ones((1, 6, 6, 3)))['params'])
+    layer, rngs = svd.linen.Conv(features, (3, 3), padding='VALID'), {'noise': jax.random.key(1)}
+    wanted = plain.apply({'params': params}, x)
+    assert wanted.size == 0
+    for y, _ in (
+        layer.apply({'params': params}, x, rngs=rngs),
+        layer.apply({'params': params}, x, True),
+        svd.apply(plain, {'params': params}, x, rngs=rngs),
+    ):
+        assert (y.shape, y.dtype) == (wanted.shape, wanted.dtype)
+
+
 @pytest.mark.parametrize('kernel_size', [(3,), (3, 3, 3)])
 def test_other_ranks_are_left_to_xla(kernel_size) -> None:
     x = jnp.ones((2, *(5 for _ in kernel_size), 2))
