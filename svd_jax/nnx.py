@@ -314,8 +314,18 @@ class Embed(Variational, nnx.Embed):  # type: ignore[misc]
 
 
 def _variables(model: Any) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
-    """The model's ``nnx.Param``s, by path; one that is shared, once."""
-    return list(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    """The model's ``nnx.Param``s, by path; one that is shared, once: as a weight, if it is one."""
+    weights: dict[int, tuple[Any, ...]] = {}
+    for path, node in nnx.iter_graph(model):
+        for name in convention.WEIGHTS if isinstance(node, nnx.Module) else ():
+            if _has(node, name):
+                weights.setdefault(id(_child(node, name)), (*path, name))
+
+    def place(path: tuple[Any, ...]) -> tuple[Any, ...]:
+        return weights.get(id(functools.reduce(_child, path, model)), path)
+
+    found = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return [(path if path[-1] in convention.WEIGHTS else place(path), own) for path, own in found]
 
 
 def _joined(path: Iterable[Any]) -> str:
@@ -396,6 +406,8 @@ def with_params(model: Model, params: tree.PyTree, copy: bool = True) -> Model:
             raise ValueError(f'{name} has shape {shape} in the tree but {wanted} in the model')
         to = changed if name in had else added
         to.append((path, variable.replace(jnp.asarray(value))))
+    for path, _ in added:  # before anything changes
+        _check_place(model, path)
     nnx.update(model, nnx.from_flat_state(changed))
     for path, variable in added:
         _put(model, path, variable)
@@ -427,14 +439,40 @@ def _whole_groups(paths: Iterable[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]
     )
 
 
+def _check_place(model: Any, path: tuple[Any, ...]) -> None:
+    """Refuses to put scales where the model has no room for them."""
+    if convention.GROUPS not in path:
+        return
+    at = path.index(convention.GROUPS)
+    holder = functools.reduce(_child, path[:at], model)
+    fits = isinstance(holder, (dict, nnx.Dict, nnx.Module)) and not isinstance(holder, nnx.List)
+    before = _child(holder, convention.GROUPS) if fits and _has(holder, convention.GROUPS) else None
+    if not fits or not (before is None or isinstance(before, nnx.Dict)):
+        raise ValueError(
+            f'{_joined(path[:-1])} has no place: {_joined(path[:at]) or "the model"} must be a '
+            f'module or a dict, without {convention.GROUPS} of its own'
+        )
+
+
+def _is_indexed(node: Any) -> bool:
+    return isinstance(node, (dict, list, tuple, nnx.Dict))
+
+
+def _has(node: Any, name: Any) -> bool:
+    return name in (node if _is_indexed(node) else vars(node))
+
+
+def _child(node: Any, name: Any) -> Any:
+    return node[name] if _is_indexed(node) else getattr(node, str(name))
+
+
 def _put(model: Any, path: tuple[Any, ...], variable: nnx.Variable | None) -> None:
     """Puts a variable in its place in the model, or removes the one that is there."""
     node = model
     for at, name in enumerate(path[:-1]):
-        indexed = isinstance(node, (dict, list, tuple, nnx.Dict))
-        if convention.GROUPS in path[: at + 1] and name not in (node if indexed else vars(node)):
+        if convention.GROUPS in path[: at + 1] and not _has(node, name):
             _set(node, name, nnx.Dict())
-        node = node[name] if indexed else getattr(node, str(name))
+        node = _child(node, name)
     _set(node, path[-1], variable)
 
 
@@ -462,7 +500,8 @@ def variational(
 ) -> Model:
     """Gives an existing, unchanged NNX model a posterior: ``log_sigma2`` beside its weights.
 
-    The model's own call remains the mean network; :func:`apply` runs it with random weights.
+    The model's own call remains the mean network, but for scales, which it does not know
+    (:func:`sparsify` takes them in); :func:`apply` runs it with random weights.
 
     Args:
       model: any NNX model, of any classes.
@@ -533,12 +572,15 @@ def apply(
     """Runs a model made variational by :func:`variational` with its weights random.
 
     As :func:`svd_jax.apply` for Linen, which says how the noise enters. Statistics of batch norms,
-    counters of dropouts and other variables of the model change as they would in its own call.
+    counters of dropouts and other variables of the model change as they would in its own call, and
+    so do those of modules and ``nnx.Rngs`` among its arguments.
 
     Args:
       model: a variational model of any classes.
       *args: for the model.
-      rngs: ``nnx.Rngs`` whose stream ``'noise'`` to sample from, a stream or a key.
+      rngs: ``nnx.Rngs`` whose stream ``'noise'`` to sample from, a stream or a key. It is not for
+        the model: one that takes ``rngs=`` itself gets it by ``method``, as in
+        ``apply(model, x, own, rngs=..., method=lambda model, x, own: model(x, rngs=own))``.
       sampled: as for :func:`svd_jax.apply`.
       threshold: as for :func:`svd_jax.apply`.
       method: which of the model's methods, by name, or a function of the model and ``args``.
@@ -562,14 +604,17 @@ def apply(
     """
     variational_params = params(model)
 
-    def call(dense_params: tree.PyTree) -> tuple[Any, nnx.State]:
-        inner = with_params(model, dense_params)  # a copy of this trace's own, as it was before
+    def call(dense_params: tree.PyTree) -> tuple[Any, Any]:
+        # Copies of this trace's own, as they were before.
+        inner, (own_args, own_kwargs) = with_params(model, dense_params), nnx.clone((args, kwargs))
         run = functools.partial(method, inner) if callable(method) else getattr(inner, method)
-        outputs = run(*args, **kwargs)
-        return outputs, nnx.state(inner, nnx.Not(nnx.Param))
+        outputs = run(*own_args, **own_kwargs)
+        others = nnx.state(inner, nnx.Not(nnx.Param))
+        return outputs, (others, nnx.state((own_args, own_kwargs), nnx.Variable))
 
-    outputs, others = transform.run(
+    outputs, (others, of_arguments) = transform.run(
         call, variational_params, _key(rngs), sampled=sampled, threshold=threshold
     )
     nnx.update(model, others)
+    nnx.update((args, kwargs), of_arguments)
     return outputs, tree.kl(variational_params, kl_method)

@@ -455,6 +455,70 @@ def test_what_is_shared_has_one_posterior() -> None:
     assert not np.any(tied.kernel[...])
 
 
+class TiedTable(nnx.Module):
+    """Whose table has another name, which comes before its own in order."""
+
+    def __init__(self) -> None:
+        self.embed, self.out = (layer(5, 3, rngs=nnx.Rngs(0)) for layer in (nnx.Embed, nnx.Linear))
+        self.decoder = self.embed.embedding
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.out(self.embed(tokens) @ self.decoder[...].T)
+
+
+def test_a_weight_with_another_name_is_one() -> None:
+    model = svd.nnx.variational(TiedTable(), log_sigma2_init=-1.0)
+    assert set(svd.weight_paths(svd.nnx.params(model))) == {'embed/embedding', 'out/kernel'}
+    _, kl = svd.nnx.apply(model, jnp.arange(3), rngs=nnx.Rngs(noise=0))
+    assert kl == svd.kl(svd.nnx.params(model))
+    sparse = svd.nnx.sparsify(model, -99.0)
+    assert sparse.embed.embedding is sparse.decoder
+    assert not np.any(sparse.decoder[...])
+
+
+class Dropped(nnx.Module):
+    def __init__(self) -> None:
+        self.dense, self.dropout = nnx.Linear(3, 40, rngs=nnx.Rngs(0)), nnx.Dropout(0.5)
+
+    def __call__(self, x: jax.Array, own: Any = None, *, rngs: Any = None) -> jax.Array:
+        return self.dropout(self.dense(x), rngs=own or rngs)
+
+
+@pytest.mark.parametrize('jit', [False, True])
+def test_random_numbers_that_the_model_is_given(jit: bool) -> None:
+    """In the way that a model of its own would draw them, and go on."""
+    model = svd.nnx.variational(Dropped(), log_sigma2_init=-40.0)
+    x, given, wanted = jnp.ones((2, 3)), nnx.Rngs(dropout=3), nnx.Rngs(dropout=3)
+
+    def run(model: Any, x: jax.Array, own: Any, **options: Any) -> jax.Array:
+        return svd.nnx.apply(model, x, own, rngs=jax.random.key(0), **options)[0]
+
+    called = nnx.jit(run, static_argnames='method') if jit else run
+    by_name = {'method': lambda model, x, own: model(x, rngs=own)}
+    for options in ({}, by_name, by_name):
+        found, mean = called(model, x, given, **options), model(x, wanted)
+        np.testing.assert_allclose(found, mean, atol=1e-5)
+    assert given.dropout.count[...] == 3
+
+
+@pytest.mark.parametrize(
+    ('model', 'groups'),
+    [
+        (nnx.List([nnx.Linear(3, 3, rngs=nnx.Rngs(0)) for _ in range(2)]),
+         [svd.Shared('inputs', ('0', '1'))]),
+        (nnx.Linear(3, 3, rngs=nnx.Rngs(0)), 'inputs'),
+    ],
+    ids=['a list', 'groups of its own'],
+)  # fmt: skip
+def test_scales_that_have_no_place(model: Any, groups: Any) -> None:
+    if isinstance(model, nnx.Linear):
+        model.groups = 2
+    before = nnx.state(model)
+    with pytest.raises(ValueError, match=r'has no place: .* must be a module or a dict'):
+        svd.nnx.variational(model, groups=groups, copy=False)
+    assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(before)
+
+
 def test_files_of_the_tree(tmp_path) -> None:
     model = svd.nnx.sparsify(svd.nnx.variational(Net(nnx.Rngs(0)), log_sigma2_init=-1.0))
     tree = svd.nnx.params(model)
