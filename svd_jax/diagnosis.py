@@ -269,8 +269,8 @@ class _Layer(NamedTuple):
     Attributes:
       nonzero: how many sparsify leaves.
       total: how many there are.
-      broken: how many are not finite, or have a log_sigma2 that is not.
-      is_zero: whether all are exactly zero, before any is dropped.
+      broken: how many are not finite, or have a scale or a log_sigma2 that is not.
+      zeros: how many are exactly zero, before any is dropped.
       moved: by how much log_sigma2 left its start on average, or else differs from weight to
         weight; None without a posterior.
     """
@@ -278,7 +278,7 @@ class _Layer(NamedTuple):
     nonzero: int
     total: int
     broken: int
-    is_zero: bool
+    zeros: int
     moved: float | None
 
 
@@ -290,7 +290,11 @@ def _layers(
         {} if initial is None else {w.path: _log_sigma2(w) for w in convention.weights(initial)}
     )
     facts = {
-        weight.path: _facts(weight.values, _log_sigma2(weight), starts.get(weight.path))
+        weight.path: _facts(
+            [weight.values, *(scale.location for scale in weight.scales)],
+            _log_sigma2(weight),
+            starts.get(weight.path),
+        )
         for weight in convention.weights(params)
     }
     totals = {w.path: int(np.prod(jnp.shape(w.values))) for w in convention.weights(params)}
@@ -301,35 +305,53 @@ def _layers(
             totals[path],
             # What is not finite in log_sigma2 makes its movement so.
             int(broken) + (moved is not None and not np.isfinite(moved)),
-            bool(is_zero),
+            int(zeros),
             None if moved is None else float(moved),
         )
-        for path, (broken, is_zero, moved) in facts.items()
+        for path, (broken, zeros, moved) in facts.items()
     }
 
 
-def _log_sigma2(weight: convention.Weight) -> jax.Array | None:
-    """Of a weight and its scales, flat."""
-    found = [random.log_sigma2.reshape(-1) for random in weight.randoms]
-    return jnp.concatenate(found) if found else None
+def _log_sigma2(weight: convention.Weight) -> list[jax.Array]:
+    """Of a weight and its scales."""
+    return [random.log_sigma2 for random in weight.randoms]
 
 
 @jax.jit
 def _facts(
-    values: jax.Array, log_sigma2: jax.Array | None, start: jax.Array | None
+    means: list[jax.Array],
+    log_sigma2: list[jax.Array],
+    start: list[jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """How many weights are not finite, whether all are zero, how far log_sigma2 has moved."""
-    broken, is_zero = jnp.sum(~jnp.isfinite(values)), jnp.all(values == 0)
-    if log_sigma2 is None:
-        return broken, is_zero, None
-    if not log_sigma2.size:
-        return broken, is_zero, jnp.zeros(())
+    """How many numbers are not finite, how many weights zero, how far log_sigma2 has moved.
+
+    Args:
+      means: of the weight, and of its scales.
+      log_sigma2: of what is random of these.
+      start: what that was at the start, if it is known.
+    """
+    broken = jnp.sum(jnp.asarray([jnp.sum(~jnp.isfinite(each)) for each in means]))
+    zeros = jnp.sum(means[0] == 0)
+    if not log_sigma2:
+        return broken, zeros, None
+    size = sum(each.size for each in log_sigma2)
+    if not size:
+        return broken, zeros, jnp.zeros(())
+    starts: list[Any] = [None] * len(log_sigma2) if start is None else start
+    distances = list(map(_distance, log_sigma2, starts))
+    return broken, zeros, jnp.sum(jnp.stack(distances)) / size
+
+
+def _distance(log_sigma2: jax.Array, start: jax.Array | None) -> jax.Array:
+    """The sum over all entries of how far each is from its start."""
     log_sigma2 = log_sigma2.astype(jnp.float32)
+    if not log_sigma2.size:
+        return jnp.zeros(())
     if start is None:
         # The middle of the range, for a start that was the same for all: where all are the same
         # still, the distance is exactly zero, which that from a rounded mean is not.
         start = 0.5 * (jnp.min(log_sigma2) + jnp.max(log_sigma2))
-    return broken, is_zero, jnp.mean(jnp.abs(log_sigma2 - start))
+    return jnp.sum(jnp.abs(log_sigma2 - start))
 
 
 def _of_the_tree(layers: dict[str, _Layer], start_is_known: bool = False) -> list[Finding]:
@@ -338,8 +360,8 @@ def _of_the_tree(layers: dict[str, _Layer], start_is_known: bool = False) -> lis
         return [
             Finding(
                 'not finite',
-                f'{_listed(broken)}: weights or log_sigma2 are NaN or infinite. Go back to an '
-                'earlier state, with a smaller learning rate or clipped gradients; '
+                f'{_listed(broken)}: weights, scales or log_sigma2 are NaN or infinite. Go back to '
+                'an earlier state, with a smaller learning rate or clipped gradients; '
                 'svd.make_train_step skips steps that are not finite.',
             )
         ]
@@ -353,7 +375,10 @@ def _of_the_tree(layers: dict[str, _Layer], start_is_known: bool = False) -> lis
     total = sum(layer.total for layer in alive)
     share = 1 - sum(layer.nonzero for layer in alive) / total
     moved = sum(layer.total * (layer.moved or 0.0) for layer in alive) / total
-    start = _of_the_start(share, moved, start_is_known)
+    # Of those that are not exactly zero, as many are in a network that was pruned before.
+    weights = total - sum(layer.zeros for layer in alive)
+    noise = 1 - sum(layer.nonzero for layer in alive) / weights
+    start = _of_the_start(noise, moved, start_is_known)
     if start is not None:
         return [*findings, start]
     return findings if dead or share >= _HARDLY_ANY else [_nothing_dropped(share)]
@@ -378,7 +403,7 @@ def _dead_layer(name: str, layer: _Layer) -> Finding:
     remedy = (
         'Its weights are all exactly zero, which counts as noise from the start: begin with small '
         'random ones'
-        if layer.is_zero and layer.moved is not None
+        if layer.zeros == layer.total and layer.moved is not None
         else 'Give it a smaller KL weight (svd.kl(params, weight=...)) or a higher threshold, both '
         'by layer, or a longer warm-up (svd.kl_warmup_for)'
     )
@@ -386,7 +411,7 @@ def _dead_layer(name: str, layer: _Layer) -> Finding:
 
 
 def _of_the_start(share: float, moved: float, start_is_known: bool) -> Finding | None:
-    """Of log_sigma2 where it has not left its start; ``share`` of the weights are dropped."""
+    """Of log_sigma2 where it has not left its start; ``share`` of the weights are noise."""
     if moved == 0 and share >= _TOO_NOISY_START:
         return Finding(
             'noisy start',

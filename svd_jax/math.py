@@ -116,7 +116,7 @@ def kl_ard(log_alpha: jax.Array) -> jax.Array:
 # the ranges where its power series and its asymptotic series are accurate, F and s D(s) are
 # interpolated as polynomials in log alpha; the coefficients are computed on import, in float64.
 _SERIES_FROM, _ASYMPTOTIC_BELOW = 2.0, -4.0
-_MIDDLE = np.asarray([_ASYMPTOTIC_BELOW, _SERIES_FROM])
+_MIDDLE = _ASYMPTOTIC_BELOW, _SERIES_FROM
 
 
 def _dawson_integral(log_alpha: np.ndarray) -> np.ndarray:
@@ -131,14 +131,16 @@ def _dawson_slope(log_alpha: np.ndarray) -> np.ndarray:
     return s * special.dawsn(s)
 
 
-def _interpolate(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    return np.polynomial.chebyshev.Chebyshev.interpolate(function, 24, domain=_MIDDLE).coef
+def _interpolate(function: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+    # As Python's numbers, which take on the type of what they meet.
+    fit = np.polynomial.chebyshev.Chebyshev.interpolate(function, 24, domain=_MIDDLE)
+    return fit.coef.tolist()
 
 
 _INTEGRAL, _SLOPE = _interpolate(_dawson_integral), _interpolate(_dawson_slope)
 
 
-def _chebyshev(coefficients: np.ndarray, x: jax.Array) -> jax.Array:
+def _chebyshev(coefficients: list[float], x: jax.Array) -> jax.Array:
     """Clenshaw's recurrence."""
     b1 = b2 = jnp.zeros_like(x)
     for c in coefficients[:0:-1]:
@@ -149,13 +151,13 @@ def _chebyshev(coefficients: np.ndarray, x: jax.Array) -> jax.Array:
 def _piecewise(
     log_alpha: jax.Array,
     series: Callable[[jax.Array], jax.Array],
-    coefficients: np.ndarray,
+    coefficients: list[float],
     asymptotic: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """Each branch sees only arguments of its own range: its gradient elsewhere must not be NaN."""
     small_u = 0.5 * jnp.exp(-jnp.maximum(log_alpha, _SERIES_FROM))
     middle = jnp.clip(log_alpha, _ASYMPTOTIC_BELOW, _SERIES_FROM)
-    middle = (2 * middle - _MIDDLE.sum()) / (_MIDDLE[1] - _MIDDLE[0])
+    middle = (2 * middle - sum(_MIDDLE)) / (_MIDDLE[1] - _MIDDLE[0])
     low = jnp.minimum(log_alpha, _ASYMPTOTIC_BELOW)
     return jnp.where(
         log_alpha > _SERIES_FROM,
@@ -172,7 +174,7 @@ def _kl_exact(log_alpha: jax.Array) -> jax.Array:
     def asymptotic(log_alpha: jax.Array) -> jax.Array:
         r = 2 * jnp.exp(log_alpha)  # 1 / u
         tail = r * (1 / 4 + r * (3 / 16 + r * (5 / 16 + r * (105 / 128 + r * (189 / 64)))))
-        return -log_alpha / 2 + (np.euler_gamma + np.log(2)) / 2 - tail
+        return -log_alpha / 2 + float(np.euler_gamma + np.log(2)) / 2 - tail
 
     return _piecewise(log_alpha, series, _INTEGRAL, asymptotic)
 

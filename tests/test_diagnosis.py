@@ -270,3 +270,25 @@ def test_sparsity_prints_a_table_and_the_warnings_under_it() -> None:
     assert printed[7].startswith('warning: no weight of Dense_1 is left: ')
     assert all(line.startswith('  ') for line in printed[8:])
     assert max(map(len, printed)) <= 79
+
+
+def names(tree: Any) -> list[str]:
+    return [finding.name for finding in svd.diagnose(tree).findings]
+
+
+def test_scales_have_a_start_and_numbers_of_their_own() -> None:
+    params = {'kernel': jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)}
+    start = {'groups/': -6.0, '': -10.0}
+    tree = svd.variational(params, log_sigma2_init=start, groups='outputs')
+    assert names(tree) == ['untrained']
+    scale = tree['groups']['outputs']['scale']
+    tree['groups']['outputs']['scale'] = scale.at[0, 1].set(jnp.nan)
+    assert names(tree) == ['not finite']
+
+
+def test_what_was_pruned_before_is_no_noise() -> None:
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(60, 40)) * (rng.random((60, 40)) < 0.1)
+    params = {'kernel': jnp.asarray(kernel, jnp.float32)}
+    assert names(svd.variational(params)) == ['untrained']
+    assert names(svd.variational(params, log_sigma2_init=3.0)) == ['noisy start']

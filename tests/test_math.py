@@ -219,3 +219,12 @@ def test_reparameterise_rounds_bfloat16_only_once() -> None:
     exact = np.float64(mean) + np.sqrt(np.float64(variance)) * np.float64(noise)
     # Half a unit in the last of bfloat16's 8 bits; twice or thrice that if rounded on the way.
     assert np.all(np.abs(np.float64(sample) - exact) <= 2.0**-8 * np.abs(exact) * 1.0001)
+
+
+@pytest.mark.parametrize('method', ['exact', 'molchanov', 'ard'])
+def test_the_type_is_that_of_the_parameters_where_there_are_longer_ones(method: str) -> None:
+    with jax.enable_x64():
+        for dtype in (jnp.float32, jnp.float64):
+            log_alpha = jnp.linspace(-9, 9, 20, dtype=dtype)
+            assert math.kl(log_alpha, method).dtype == dtype
+            assert jax.grad(lambda x: math.kl(x, method).sum())(log_alpha).dtype == dtype
