@@ -334,15 +334,16 @@ MNIST, by Sparse Variational Dropout; `svd_jax.load_pretrained(name)` reads them
   most {error:g} percentage points over that of the exact file, and their loss by at most {loss}.
   All networks have this one tolerance; the test set played no part.
 - Before it was written each network was folded (`svd_jax.fold`) and its units were put in order
-  (`svd_jax.sort_units`); once its weights were rounded, its biases were trained again,
-  {tune} epochs, on the training images.
+  (`svd_jax.sort_units`); once its weights were rounded, its biases were trained again on the
+  training images (`--tune {tune}`, epochs).
 - Inputs are images scaled to [0, 1] minus the mean of the 60,000 training images. It is in
   `mean_image.svd`, rounded to whole grey levels; `svd_jax.pretrained.preprocess(images)` subtracts
   it from the digits as MNIST has them, uint8, 0 to 255.
 
 All files here are written by
 
-    python -m benchmarks.files --runs DIR ... --held-out DIR --ship svd_jax/pretrained_files
+    python -m benchmarks.files --runs DIR ... --held-out DIR --tune {tune} \\
+        --ship svd_jax/pretrained_files
 """
 
 

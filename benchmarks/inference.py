@@ -79,15 +79,19 @@ class Options:
     """Write what was measured to this file, as JSON."""
 
 
+def _kernel_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    image = np.zeros((1, 28, 28, 1), 'f')
+    params = jax.eval_shape(network.model.init, jax.random.key(0), image)['params']
+    return {layer: params[layer]['kernel'].shape for layer in network.zeros}
+
+
 def random_network(name: str, seed: int = 0) -> Tree:
     """Random weights, as many of each layer zero as in the paper."""
     network, rng = NETWORKS[name], np.random.default_rng(seed)
-    shapes = jax.eval_shape(network.model.init, jax.random.key(0), np.zeros((1, 28, 28, 1), 'f'))
     params: Tree = {}
-    for layer, zeros in network.zeros.items():
-        shape = shapes['params'][layer]['kernel'].shape
+    for layer, shape in _kernel_shapes(network).items():
         kernel = rng.normal(size=shape).astype(np.float32)
-        count = round(kernel.size * zeros / 100)
+        count = round(kernel.size * network.zeros[layer] / 100)
         kernel.reshape(-1)[rng.permutation(kernel.size)[:count]] = 0
         params[layer] = {'kernel': kernel, 'bias': rng.normal(size=shape[-1]).astype(np.float32)}
     return params
@@ -362,9 +366,10 @@ def _print(title: str, results: list[dict[str, Any]], console: Console) -> None:
 
 def _network_of(path: Path) -> tuple[str, Tree]:
     tree = svd.load(path)
-    params = tree.get('params', tree)
+    params = tree.get('params', tree) if isinstance(tree, dict) else {}
+    found = {layer: np.shape(own['kernel']) for layer, own in params.items() if 'kernel' in own}
     for name, network in NETWORKS.items():
-        if params.keys() == network.zeros.keys():
+        if _kernel_shapes(network) == found:
             return name, {layer: params[layer] for layer in network.zeros}
     raise ValueError(f'{path} holds neither of {", ".join(NETWORKS)}')
 

@@ -85,14 +85,15 @@ def _save(path: Path, zeros: float) -> dict[str, Any]:
     svd.save(path, {'small': np.ones(1000, np.float32)})  # what only the first call pays
     seconds, cpu_seconds = time.perf_counter(), time.process_time()
     size = svd.save(path, tree)
+    seconds, cpu_seconds = time.perf_counter() - seconds, time.process_time() - cpu_seconds
     arrays = [array for layer in tree.values() for array in layer.values()]
     return {
         'weights': sum(array.size for array in arrays),
         'nonzero': sum(int(np.count_nonzero(array)) for array in arrays),
         'dense_bytes': sum(array.nbytes for array in arrays),
         'bytes': size,
-        'save_seconds': time.perf_counter() - seconds,
-        'save_cpu_seconds': time.process_time() - cpu_seconds,
+        'save_seconds': seconds,
+        'save_cpu_seconds': cpu_seconds,
     }
 
 

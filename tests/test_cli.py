@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -312,12 +311,10 @@ def test_no_network_and_nothing_prepared(tmp_path: Path) -> None:
     nowhere = {name: 'http://127.0.0.1:9' for name in ('http_proxy', 'https_proxy')}
     environment = os.environ | nowhere | {'HOME': str(tmp_path), 'TFDS_DATA_DIR': str(tmp_path)}
     command = [sys.executable, '-m', 'experiments.lenet300', '--dataset', 'mnist']
-    started = time.monotonic()
     done = subprocess.run(
         command, cwd=ROOT, env=environment | {'PYTHONPATH': str(ROOT)}, capture_output=True,
         text=True, timeout=60,
     )  # fmt: skip
-    assert time.monotonic() - started < 40  # imports on a busy machine
     assert done.returncode == 2
     assert done.stdout == ''
     assert len(done.stderr.splitlines()) == 1
