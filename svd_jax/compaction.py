@@ -457,7 +457,7 @@ class _Analysis:
             (number,) = equation.outputs
             shape = self._values[number].shape
             outcome = rule.constant(equation, [self._view(i) for i in equation.inputs], shape)
-            if outcome is not None and outcome[1].any():
+            if outcome is not None and outcome[1].any() and self._values[number].size:
                 axis, units = outcome
                 rows = np.moveaxis(self._values[number], axis, 0).reshape(shape[axis], -1)
                 self._fixed[number] = Fixed(axis, units, rows[:, 0])

@@ -248,10 +248,18 @@ def _only_if(rule: Rule, keeps: Callable[[Equation, Sequence[View]], Any]) -> Ru
 
 
 def _same_at_the_edge(equation: Equation, views: Sequence[View]) -> Any:
-    """Windows that reach over the edge sum fewer entries."""
+    """Windows that reach over the edge, or over holes, sum fewer entries."""
     assert views[0].fixed is not None
-    padded = any(tuple(pad) != (0, 0) for pad in equation.params['padding'])
-    return (views[0].fixed.values == 0) | (not padded)
+    p = equation.params
+    padded = any(tuple(pad) != (0, 0) for pad in p['padding'])
+    return (views[0].fixed.values == 0) | (not padded and set(p['base_dilation']) == {1})
+
+
+def _never_empty(equation: Equation, views: Sequence[View]) -> Any:
+    """Windows that hold padding alone have another greatest entry."""
+    p = equation.params
+    inside = all(max(pad) < n for pad, n in zip(p['padding'], p['window_dimensions'], strict=True))
+    return inside and set(p['base_dilation']) == set(p['window_dilation']) == {1}
 
 
 def _same_as_padding(equation: Equation, views: Sequence[View]) -> Any:
@@ -423,12 +431,12 @@ def _dot_constant(equation: Equation, views: Sequence[View], shape: Shape) -> Ou
     kernel = views[product.weights].value
     activations = views[1 - product.weights]
     assert kernel is not None
-    varies, contribution = kernel != 0, kernel.astype(np.float64)
-    for axis, own in product.contracted:
+    varies, column = kernel != 0, np.zeros((1,) * kernel.ndim)
+    for axis, own in product.contracted:  # along one of which units are constant
         constant, values = activations.constant(axis)
         varies = varies & _along(~constant, own, kernel.ndim)
-        contribution = contribution * _along(np.where(constant, values, 0), own, kernel.ndim)
-    sums = np.sum(contribution, tuple(own for _, own in product.contracted))
+        column = column + _along(np.where(constant, values, 0), own, kernel.ndim)
+    sums = np.sum(kernel * column, tuple(own for _, own in product.contracted))
     alike = _alike(np.moveaxis(sums, -1, 0))  # along the other free axes
     return product.free_in_result[-1], ~_any_but(varies, product.free[-1]) & alike
 
@@ -459,7 +467,7 @@ def _dot(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units)
     reads_all = [tuple(activation_units), tuple(weight_units)]
     if product.weights == 0:
         reads_all.reverse()
-    folded = None if bias is None else (product.free_in_result[0], bias)
+    folded = None if bias is None else ((product.free_in_result or (0,))[0], bias)
     work = Work(
         product.weights,
         product.free,
@@ -528,6 +536,7 @@ def _conv(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units
         kept = 1
     else:  # a group goes whole, or stays
         stays = out.any(1)
+        stays[0] |= not stays.any()  # XLA wants a group
         activation_units[c.features_in] = np.repeat(stays, inputs)
         weight_units[c.outputs] = makes[c.features_out] = np.repeat(stays, outputs)
         kept = int(stays.sum())
@@ -566,8 +575,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ['reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod', 'argmax', 'argmin'], _REDUCTION
     ),
-    'reduce_window_max': _WINDOW,
-    'reduce_window_min': _WINDOW,
+    **dict.fromkeys(['reduce_window_max', 'reduce_window_min'], _only_if(_WINDOW, _never_empty)),
     'reduce_window_sum': _only_if(_WINDOW, _same_at_the_edge),
     'reshape': Rule(_reshape_constant, _reshape),
     'concatenate': Rule(_concatenate_constant, _concatenate),

@@ -151,6 +151,70 @@ class ReadByTwoAxes(nn.Module):
         return nn.Dense(3)(x)
 
 
+class ReadOverTwoAxes(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6)(x))
+        x = jnp.broadcast_to(x[:, None], (len(x), 4, 6))
+        return nn.Dense(3)(nn.DenseGeneral((3, 2), axis=(-2, -1))(x))
+
+
+class Pooled(nn.Module):
+    """Whose windows at the edge hold nothing but padding."""
+
+    pool: Any = nn.max_pool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6)(x[:, None, None]))
+        x = self.pool(x, (2, 2), (2, 2), ((2, 2), (2, 2)))
+        return nn.Dense(3)(jnp.maximum(x, -5.0))
+
+
+class VectorHead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6)(x))
+        return x @ self.param('head', nn.initializers.normal(1.0), (6,))
+
+
+class UnreadGroups(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (1,), feature_group_count=2)(nn.Dense(6)(x)[:, None])
+        x = nn.Dense(3, kernel_init=nn.initializers.zeros)(x)
+        return x + self.param('bias', nn.initializers.ones, (1, 1, 3))
+
+
+class Edges(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6)(x))[:, None]
+        return nn.Dense(3)(jnp.pad(x, ((0, 0), (1, 1), (0, 0)), mode='edge'))
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        ReadOverTwoAxes(), Pooled(), Pooled(nn.avg_pool), VectorHead(), UnreadGroups(), Edges(),
+    ],
+    ids=['two axes', 'max', 'mean', 'vector', 'groups', 'edges'],
+)  # fmt: skip
+@pytest.mark.parametrize('shorten', [svd.compact, svd.fold])
+def test_constants_of_many_uses(model: nn.Module, shorten: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, other = (jnp.asarray(rng.normal(mean, size=(2, 5)), jnp.float32) for mean in (0, 1))
+    params = jax.tree.map(np.array, model.init(jax.random.key(0), x)['params'])
+    params['Dense_0']['kernel'][:, [0, 2]] = 0
+    params['Dense_0']['bias'][[0, 2]] = [1.5, 2.5]
+    if 'DenseGeneral_0' in params:
+        params['DenseGeneral_0']['kernel'][:, [1, 3, 4, 5], :, 0] = 0
+    short = shorten(model, params, x)
+    for inputs in (x, other):
+        found = short(inputs) if shorten is svd.compact else model.apply({'params': short}, inputs)
+        assert_same(found, model.apply({'params': params}, inputs))
+
+
 @pytest.mark.parametrize('alike', [False, True])
 @pytest.mark.parametrize('model', [ScaledByTheInput(), Split(), ReadByTwoAxes()])
 def test_what_differs_from_place_to_place_is_not_folded_as_a_constant(
