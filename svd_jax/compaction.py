@@ -206,6 +206,16 @@ def compact(model: Any, variables: PyTree, *example: Any, **options: Any) -> Com
     return _Analysis(network.function(model, variables, options), variables, example).result()
 
 
+def compact_but_read(model: Any, variables: PyTree, *example: Any, **options: Any) -> Compact:
+    """As :func:`compact`, with all numbers that are left in the tree, and none in the program.
+
+    Units that are constant, and are read by anything but a product, stay: where a training goes on,
+    they are still trained, and the whole tree can be made of the smaller one.
+    """
+    function = network.function(model, variables, options)
+    return _Analysis(function, variables, example, keep_read=True).result()
+
+
 def compact_with_training(
     model: Any, training: Callable[..., Any], variables: PyTree, *example: Any, **options: Any
 ) -> tuple[Compact, Callable[..., Any]]:
@@ -393,6 +403,8 @@ class _Analysis:
       tree: the whole one.
       example: example inputs.
       same_shapes: whether arrays keep their shapes.
+      keep_read: whether constant units stay where anything reads them but a product, which has
+        them in a bias.
       constants: whether units that are constant go.
       kept: entries of the tree's arrays that stay, whether they are read or not.
       wanted: which entries are of the last results; of the others, all.
@@ -404,11 +416,13 @@ class _Analysis:
         tree: PyTree,
         example: tuple,
         same_shapes: bool = False,
+        keep_read: bool = False,
         constants: bool = True,
         kept: Mapping[Path, Units] | None = None,
         wanted: Sequence[Units] = (),
     ) -> None:
         self._function, self._tree, self._same_shapes = function, tree, same_shapes
+        self._keep_read = same_shapes or keep_read
         program = self._program = trace(function, tree, *example)
         leaves = jax.tree.leaves(tree)
         self._weights = program.inputs[: len(leaves)]
@@ -477,7 +491,7 @@ class _Analysis:
         """The units that the smaller array of a value has: those that are read and vary."""
         units = [np.array(u) for u in self._needed[number]]
         # In arrays of the same shapes a unit that is read is there, constant or not.
-        fixed = None if self._same_shapes else self._fixed.get(number)
+        fixed = None if self._keep_read else self._fixed.get(number)
         if fixed is not None and (units[fixed.axis] & ~fixed.units).any():
             units[fixed.axis] &= ~fixed.units
         return tuple(units)
@@ -646,7 +660,26 @@ class _Analysis:
         if follower.primitive.name != 'add' or not others:
             return None
         leaf = self._weight_of(others[0], alone=True)
-        return leaf if leaf is not None and self._values[leaf].shape == use.bias[1].shape else None
+        if leaf is None or self._values[leaf].shape != use.bias[1].shape:
+            return None
+        return leaf if self._lies_at(others[0], leaf, use.bias[0], number) else None
+
+    def _lies_at(self, operand: Operand, leaf: int, axis: int, number: int) -> bool:
+        """Whether a leaf, moved and broadcast, has its axes at those from ``axis`` of a value."""
+        makers = {n: equation for equation in self._program.equations for n in equation.outputs}
+        moves: list[Equation] = []
+        while operand != leaf:
+            assert isinstance(operand, int)
+            moves.append(makers[operand])
+            operand = makers[operand].inputs[0]
+        own, whole = self._values[leaf].shape, self._values[number].shape
+        entries = np.arange(math.prod(own)).reshape(own)
+        moved: Any = jnp.asarray(entries)
+        for move in reversed(moves):
+            if move.primitive.name != 'convert_element_type':
+                (moved,) = bind(move, [moved], move.params)
+        wanted = entries.reshape((1,) * axis + own + (1,) * (len(whole) - axis - len(own)))
+        return np.array_equal(np.broadcast_to(wanted, whole), np.broadcast_to(moved, whole))
 
     def _can_fold(self, equation: Equation, use: Use) -> bool:
         """Whether constants can go where there is already a place for them, and no other use."""

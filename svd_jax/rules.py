@@ -535,7 +535,7 @@ def _conv(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units
         weight_units[c.outputs] = makes[c.features_out] = wanted[c.features_out]
         kept = 1
     else:  # a group goes whole, or stays
-        stays = out.any(1)
+        stays = np.asarray(out.any(1))
         stays[0] |= not stays.any()  # XLA wants a group
         activation_units[c.features_in] = np.repeat(stays, inputs)
         weight_units[c.outputs] = makes[c.features_out] = np.repeat(stays, outputs)

@@ -10,7 +10,7 @@ import optax
 from flax import traverse_util
 
 from svd_jax import convention, network, transform, tree
-from svd_jax.compaction import Compact, Report, compact, compact_with_training
+from svd_jax.compaction import Compact, Report, compact_but_read, compact_with_training
 from svd_jax.network import Path
 from svd_jax.rules import Units
 from svd_jax.train import TrainState
@@ -198,7 +198,7 @@ def _smaller(
 ) -> Smaller:
     """The smaller network, evaluated and, with mutable collections, in training."""
     if not collections:
-        return Smaller(compact(model, sparse, *example, **options))
+        return Smaller(compact_but_read(model, sparse, *example, **options))
     if training is None:
         names = list(collections)
         raise ValueError(

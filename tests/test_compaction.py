@@ -186,6 +186,16 @@ class UnreadGroups(nn.Module):
         return x + self.param('bias', nn.initializers.ones, (1, 1, 3))
 
 
+class Positions(nn.Module):
+    """With a bias along time, which is as long as the other axis."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.broadcast_to(nn.relu(nn.Dense(6)(x))[:, None], (len(x), 4, 6))
+        bias = self.param('bias', nn.initializers.normal(1.0), (4,))
+        return nn.Dense(3)(nn.relu(nn.Dense(4, use_bias=False)(x) + bias[None, :, None]))
+
+
 class Edges(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -197,8 +207,9 @@ class Edges(nn.Module):
     'model',
     [
         ReadOverTwoAxes(), Pooled(), Pooled(nn.avg_pool), VectorHead(), UnreadGroups(), Edges(),
+        Positions(),
     ],
-    ids=['two axes', 'max', 'mean', 'vector', 'groups', 'edges'],
+    ids=['two axes', 'max', 'mean', 'vector', 'groups', 'edges', 'positions'],
 )  # fmt: skip
 @pytest.mark.parametrize('shorten', [svd.compact, svd.fold])
 def test_constants_of_many_uses(model: nn.Module, shorten: Any) -> None:

@@ -166,6 +166,33 @@ def test_what_cannot_shrink_is_refused(started: Any) -> None:
         svd.shrink(model, other, factored, x)
 
 
+class ReadAgain(nn.Module):
+    """Units that something other than a product reads: a normalisation, a sum, the output."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm()(nn.relu(nn.Dense(6)(x)))
+        return nn.Dense(4)(nn.Dense(6)(x) + x)
+
+
+def test_constants_that_are_read_are_there_in_the_whole_network_too() -> None:
+    model, x = ReadAgain(), jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
+    params = model.init(jax.random.key(0), x)['params']
+    params = svd.variational(jax.tree.map(lambda leaf: leaf + 0.1, params))
+    for layer, unit in (('Dense_0', 2), ('Dense_1', 1), ('Dense_2', 3)):
+        log_sigma2 = params[layer]['log_sigma2'].at[:, unit].set(10.0)
+        params[layer]['log_sigma2'] = log_sigma2
+    tx = optax.adam(0.1)
+    state = svd.TrainState.create({'params': params}, tx)
+    shrunk = svd.shrink(model, state, tx, x)
+    wanted = model.apply({'params': svd.sparsify(params)}, x)
+    for found in (
+        shrunk.model(svd.sparsify(shrunk.state.params), x),
+        model.apply({'params': svd.sparsify(shrunk.expand(shrunk.state).params)}, x),
+    ):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 # --- Batch statistics -----------------------------------------------------------------------------
 
 
