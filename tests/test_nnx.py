@@ -433,7 +433,7 @@ def test_where_chooses_by_path() -> None:
     assert log_sigma2s(svd.nnx.variational(model, 'layers/0')) == ['head/layers/0/log_sigma2']
     chosen = svd.nnx.variational(model, lambda path: path.startswith('blocks/0/att'))
     assert len(log_sigma2s(chosen)) == 4
-    with pytest.raises(ValueError, match=r"where='dense' chose none of .*head/layers/0/kernel"):
+    with pytest.raises(ValueError, match=r"'dense' is found in none of .*head/layers/0/kernel"):
         svd.nnx.variational(model, 'dense')
     with pytest.raises(ValueError, match=r'layers/0/kernel is variational already'):
         svd.nnx.variational(svd.nnx.variational(model, 'layers/0'))
