@@ -424,6 +424,7 @@ class _Analysis:
         self._function, self._tree, self._same_shapes = function, tree, same_shapes
         self._keep_read = same_shapes or keep_read
         program = self._program = trace(function, tree, *example)
+        self._makers = {n: e for e in program.equations for n in e.outputs}
         leaves = jax.tree.leaves(tree)
         self._weights = program.inputs[: len(leaves)]
         self._paths = dict(zip(self._weights, network.paths(tree), strict=True))
@@ -636,13 +637,12 @@ class _Analysis:
 
     def _weight_of(self, operand: Operand, alone: bool = False) -> int | None:
         """The leaf that a value is, up to its shape and type; alone: and nothing else reads."""
-        makers = {n: e for e in self._program.equations for n in e.outputs}
         while isinstance(operand, int):
             if alone and len(self._consumers(operand)) != 1:
                 return None
             if operand in self._paths:
                 return operand
-            maker = makers.get(operand)
+            maker = self._makers.get(operand)
             if maker is None or maker.primitive.name not in _RESHAPING:
                 return None
             operand = maker.inputs[0]
@@ -666,12 +666,11 @@ class _Analysis:
 
     def _lies_at(self, operand: Operand, leaf: int, axis: int, number: int) -> bool:
         """Whether a leaf, moved and broadcast, has its axes at those from ``axis`` of a value."""
-        makers = {n: equation for equation in self._program.equations for n in equation.outputs}
         moves: list[Equation] = []
         while operand != leaf:
             assert isinstance(operand, int)
-            moves.append(makers[operand])
-            operand = makers[operand].inputs[0]
+            moves.append(self._makers[operand])
+            operand = moves[-1].inputs[0]
         own, whole = self._values[leaf].shape, self._values[number].shape
         entries = np.arange(math.prod(own)).reshape(own)
         moved: Any = jnp.asarray(entries)
