@@ -2,8 +2,8 @@
 
 XLA's convolutions are slow on a CPU, their gradients slower, and slower still inside a loop. An
 ordinary two-dimensional convolution is computed here as matrix products instead: with the channels
-innermost where they are many (:mod:`svd_jax.wide`), else with the batch innermost
-(:mod:`svd_jax.narrow`). Pooling takes the layout of the convolution before it.
+innermost where they are many or Winograd's algorithm has few products (:mod:`svd_jax.wide`), else
+with the batch innermost (:mod:`svd_jax.narrow`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
-from svd_jax import backend, narrow, wide
+from svd_jax import backend, narrow, wide, winograd
 
 Params = Mapping[str, jax.Array]
 
@@ -46,9 +46,9 @@ def _all_ones(*arguments: int | Sequence[int] | None) -> bool:
     return all(set((a,) if isinstance(a, int) else a or (1,)) == {1} for a in arguments)
 
 
-def way(features: int) -> Any:
-    """The module that convolves to so many features, on a CPU."""
-    return narrow if features < _WIDE else wide
+def way(kernel: jax.Array) -> Any:
+    """The module that convolves with such a kernel, on a CPU."""
+    return wide if winograd.suits(kernel) or kernel.shape[-1] >= _WIDE else narrow
 
 
 def _padding(layer: Any, x: jax.Array) -> wide.Padding | None:
@@ -84,7 +84,7 @@ _DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 def padding_by_patches(params: Mapping[str, Any], x: Any, kernel: Any) -> wide.Padding | None:
     """The zeros around the image of a ``conv_general_dilated`` that this backend computes faster
-    here, with ``way(features)``; None if it doesn't.
+    here, with ``way(kernel)``; None if it doesn't.
 
     Args:
       params: of the primitive operation.
@@ -109,7 +109,7 @@ def apply(layer: Any, params: Params, x: jax.Array) -> jax.Array:
     x, kernel, bias = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), dtype=layer.dtype
     )
-    return way(layer.features).apply(x, kernel, bias, _padding(layer, x))
+    return way(kernel).apply(x, kernel, bias, _padding(layer, x))
 
 
 def sample(
@@ -119,7 +119,7 @@ def sample(
     x, kernel, bias, sigma2 = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), sigma2, dtype=layer.dtype
     )
-    return way(layer.features).sample(x, kernel, sigma2, bias, _padding(layer, x), key)
+    return way(kernel).sample(x, kernel, sigma2, bias, _padding(layer, x), key)
 
 
 @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""Convolutions of few channels on CPUs: the batch innermost, all patches at once.
+"""Convolutions of few features on CPUs: the batch innermost, all patches at once.
 
 The patches are formed once (again for the gradients, where they are too large to keep) and serve
 the mean, the variance and the gradients of both, as matrix products. All of it runs on arrays of

@@ -1,4 +1,4 @@
-"""Convolutions of many channels on CPUs: channels innermost, a few images at a time.
+"""Convolutions on CPUs with the channels innermost, a few images at a time.
 
 Kernels of 3x3 in float32 go by Winograd's algorithm (:mod:`svd_jax.winograd`), others by
 patches. Those of a few images fit in the processor's cache: there they are formed, multiplied and
@@ -21,7 +21,7 @@ Arrays = tuple[jax.Array, ...]
 
 def apply(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, padding: Padding) -> jax.Array:
     """The convolution of (B, H, W, C), with a kernel (height, width, C, F) and a bias (F,)."""
-    if _by_winograd(x, kernel):
+    if winograd.suits(kernel):
         return _add_bias(winograd.convolve(x, kernel, padding), bias)
     return _add_bias(_convolve(x, (kernel,), padding)[0], bias)
 
@@ -35,16 +35,11 @@ def sample(
     key: jax.Array,
 ) -> jax.Array:
     """The convolution with a random kernel; see :func:`svd_jax.linear.sample`."""
-    if _by_winograd(x, kernel):
+    if winograd.suits(kernel):
         return _add_bias(winograd.sample(x, kernel, sigma2, key, padding), bias)
     mean, variance = _convolve(x, (kernel, sigma2), padding)
     y = math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))
     return _add_bias(y, bias)
-
-
-def _by_winograd(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether the kernel is of the size for it, and the type precise enough."""
-    return kernel.shape[:2] == (3, 3) and x.dtype.itemsize >= 4
 
 
 def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -151,6 +151,11 @@ def _interleaved(grid: Grid) -> jax.Array:
 # The convolution.
 
 
+def suits(kernel: jax.Array) -> bool:
+    """Whether a kernel is of the size for this, and its type precise enough."""
+    return kernel.shape[:2] == (3, 3) and kernel.dtype.itemsize >= 4
+
+
 def powers(x: jax.Array, count: int) -> Arrays:
     """What the kernels multiply: the inputs for the mean, their squares for the variance."""
     return (x, x * x)[:count]
