@@ -19,6 +19,7 @@ from flax import traverse_util
 from flax.core import meta
 
 from svd_jax import network, table
+from svd_jax.batch import Batch, outline
 from svd_jax.network import Path
 from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
 from svd_jax.rules import RULES, Fixed, Rule, Units, Use, View, everything
@@ -351,13 +352,13 @@ class _Runner:
         outputs: tuple[_Fit | None, ...],
     ) -> None:
         self._function, self._tree, self._paths = function, tree, paths
-        self._primitives = [equation.primitive.name for equation in program.equations]
+        self._outline = outline(program)
         self._steps, self._outputs = steps, outputs
 
     def __call__(self, params: PyTree, *inputs: Any) -> Any:
         # Traced again, for the sizes of these inputs: of the weights, only their shapes are needed.
         program = trace(self._function, self._tree, *inputs)
-        if [equation.primitive.name for equation in program.equations] != self._primitives:
+        if outline(program) != self._outline:
             raise ValueError(
                 'the model does something else for inputs of this shape than for the example: '
                 'call compact again with an example of it'
@@ -433,7 +434,9 @@ class _Analysis:
             number: _as_numpy(value)
             for number, value in evaluate(program, *leaves, *jax.tree.leaves(example)).items()
         }
-        self._depends = set(program.inputs[len(leaves) :])
+        self._batch = Batch.of(program, tuple(RULES), function, tree, example)
+        # On the inputs, or on how many they are.
+        self._depends = {*program.inputs[len(leaves) :], *self._batch.constants()}
         self._fixed: dict[int, Fixed] = {}
         self._left: dict[str, None] = {}
         self._forwards(RULES if constants else {})
@@ -462,8 +465,10 @@ class _Analysis:
         return operand.value if isinstance(operand, Constant) else self._values[operand]
 
     def _forwards(self, rules: Mapping[str, Rule]) -> None:
-        for equation in self._program.equations:
+        for at, equation in enumerate(self._program.equations):
             if not any(i in self._depends for i in equation.inputs if isinstance(i, int)):
+                if self._batch.counts(at):
+                    self._depends.update(equation.outputs)
                 continue
             self._depends.update(equation.outputs)
             rule = rules.get(equation.primitive.name)
@@ -474,6 +479,8 @@ class _Analysis:
             outcome = rule.constant(equation, [self._view(i) for i in equation.inputs], shape)
             if outcome is not None and outcome[1].any() and self._values[number].size:
                 axis, units = outcome
+                if axis in self._batch.axes(number) or self._batch.counts(at):
+                    continue
                 rows = np.moveaxis(self._values[number], axis, 0).reshape(shape[axis], -1)
                 self._fixed[number] = Fixed(axis, units, rows[:, 0])
 
@@ -526,11 +533,23 @@ class _Analysis:
             if self._same_shapes and use is not None and not self._can_fold(equation, use):
                 varying = [view._replace(fixed=None) for view in views]
                 use = rule.use(equation, varying, shape, wanted)
+        if use is not None and not self._in_every_example(equation, use):
+            use = None
         reason = 'no rule for it' if use is None else use.left
         if reason and any(view.fixed is not None for view in views):
             name = f'{equation.where or "the model"}: {equation.primitive.name}: {reason}'
             self._left[name] = None
         return use
+
+    def _in_every_example(self, equation: Equation, use: Use) -> bool:
+        """Whether the same units are read and made of every example, however many there are."""
+        operands = *zip(equation.inputs, use.reads, strict=True), (equation.outputs[0], use.makes)
+        return all(
+            units[axis].all()
+            for number, units in operands
+            if isinstance(number, int)
+            for axis in self._batch.axes(number)
+        )
 
     # The plan: the smaller arrays, and the steps that run on them.
 

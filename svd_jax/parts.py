@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from svd_jax import network, sparse
+from svd_jax.batch import literals
 from svd_jax.compaction import Compact
 from svd_jax.program import Constant, Equation, Program, run_equations, trace
 
@@ -109,7 +110,12 @@ class Network:
         names = [
             [e.primitive.name for part in s.parts for e in part.equations] for s in (split, *others)
         ]
-        if names[0] != names[1] or any(len(s.parts) != len(split.parts) for s in others):
+        numbers = [list(map(literals, s.program.equations)) for s in (split, others[0])]
+        if (
+            names[0] != names[1]
+            or numbers[0] != numbers[1]
+            or any(len(s.parts) != len(split.parts) for s in others)
+        ):
             raise sparse.NotCoveredError('does something else for another size of the batch')
         shapes = [_fixed_shapes(s.program, s.target) for s in (split, *others)]
         if any(shape != shapes[0] for shape in shapes):

@@ -306,6 +306,53 @@ def test_an_input_of_a_shape_that_changes_the_network_is_refused() -> None:
         small(jnp.ones((2, 3)))
 
 
+OF_THE_BATCH = {
+    'sum': lambda h: h.sum(0, keepdims=True),
+    'mean': lambda h: h - h.mean(0, keepdims=True),
+    'product': lambda h: jnp.prod(h, 0, keepdims=True),
+    'count': lambda h: h * len(h),
+    'count of another array': lambda h: h * jnp.ones(h.shape).sum(),
+    'power': lambda h: h ** len(h),
+    'places': lambda h: h * jnp.arange(len(h), dtype=h.dtype)[:, None],
+    'closed over': lambda h: h * np.linspace(1, 2, len(h), dtype=np.float32)[:, None],
+    'merged': lambda h: h * h.reshape(-1).sum(),
+    'matrix': lambda h: jnp.tril(jnp.ones((len(h), len(h)))) @ h,
+    'window': lambda h: jax.lax.reduce_window(
+        h, 0.0, jax.lax.add, (2, 1), (1, 1), ((1, 0), (0, 0))
+    ),
+}
+
+
+@pytest.mark.parametrize('name', OF_THE_BATCH)
+@pytest.mark.parametrize('batch', [1, 3])
+def test_what_depends_on_the_number_of_examples_is_no_constant(name: str, batch: int) -> None:
+    params, mix = two_layers(), OF_THE_BATCH[name]
+
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = mix(nn.relu(x @ first['kernel'] + first['bias'][None]))
+        return h @ second['kernel'] + second['bias'][None]
+
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    small = svd.compact(model, params, x[:batch])
+    folded = svd.fold(model, params, x[:batch])
+    for other in (x[:batch], x, x[:5]):
+        wanted = model({'params': params}, other)
+        assert_same(small(other), wanted)
+        assert_same(model({'params': folded}, other), wanted)
+
+
+def test_units_of_every_example_go_whatever_the_batch() -> None:
+    # Zeros for each example are constant all the same.
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = jnp.maximum(x @ first['kernel'] + first['bias'][None], jnp.zeros((len(x), 4)))
+        return h @ second['kernel'] + second['bias'][None]
+
+    small = svd.compact(model, two_layers(), jnp.ones((2, 3)))
+    assert small.params['Dense_0']['kernel'].shape == (2, 2)
+
+
 @hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from(['SAME', 'VALID']))
 @hypothesis.settings(max_examples=10)
 def test_any_pattern_of_zeros(seed: int, density: float, padding: str) -> None:

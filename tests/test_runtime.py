@@ -190,6 +190,7 @@ def test_what_is_not_covered_runs_dense() -> None:
         (lambda p, x: jnp.ones(3), '0 outputs'),
         (lambda p, x: (x @ p, jnp.zeros(x.shape[0])), 'size of the batch'),
         (lambda p, x: x @ p if len(x) == 2 else x @ p + 1, 'another size of the batch'),
+        (lambda p, x: x @ p / len(x), 'another size of the batch'),
     ],
 )
 def test_what_cannot_be_split_runs_as_it_is(function: Function, why: str) -> None:
