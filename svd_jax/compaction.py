@@ -30,6 +30,8 @@ PyTree = Any
 
 # What a weight may go through on its way to its use, and still be that weight.
 _RESHAPING = ('reshape', 'broadcast_in_dim', 'convert_element_type', 'squeeze')
+# Operands of which a zero has no finite result.
+_POLES = {'div': 1, 'rem': 1, 'log': 0, 'rsqrt': 0, 'pow': 0, 'integer_pow': 0}
 # How the names of operations start that draw random numbers.
 _RANDOM = ('random_', 'threefry2x32', 'rng_')
 
@@ -535,6 +537,12 @@ class _Analysis:
                 use = rule.use(equation, varying, shape, wanted)
         if use is not None and not self._in_every_example(equation, use):
             use = None
+        pole = _POLES.get(equation.primitive.name)
+        if use is not None and self._same_shapes and pole is not None:
+            # Zeros in the place of units that nothing reads would make NaNs, which zero weights read.
+            reads = list(use.reads)
+            reads[pole] = everything(views[pole].shape)
+            use = use._replace(reads=tuple(reads))
         reason = 'no rule for it' if use is None else use.left
         if reason and any(view.fixed is not None for view in views):
             name = f'{equation.where or "the model"}: {equation.primitive.name}: {reason}'

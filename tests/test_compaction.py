@@ -386,6 +386,22 @@ def test_a_folded_tree_gives_the_same_outputs(name: str) -> None:
     assert zeros(again) == zeros(folded)
 
 
+@pytest.mark.parametrize(
+    'function', [lambda h: 1 / h, jnp.log, jax.lax.rsqrt, lambda h: h**-2.0, lambda h: h**-2]
+)
+def test_folding_makes_no_zero_of_what_is_divided_by(function: Any) -> None:
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = function(x @ first['kernel'] + first['bias'][None])
+        return h @ second['kernel'] + second['bias'][None]
+
+    params, x = two_layers(), jnp.asarray([[1.0, 2, 3], [4, 0, 5]])
+    folded = svd.fold(model, params, x)
+    wanted = model({'params': params}, x)
+    assert np.all(np.isfinite(wanted))
+    assert_same(model({'params': folded}, x), wanted)
+
+
 def test_folding_moves_a_constant_and_forgets_what_is_not_read() -> None:
     params, x = two_layers(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
     folded = svd.fold(TwoLayers(), params, x)

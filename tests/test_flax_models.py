@@ -51,10 +51,10 @@ class BottleneckResNetBlock(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """examples/imagenet; two blocks of the first stage and one of each other take less time."""
+    """examples/imagenet; two blocks of the first stage and one of the next take less time."""
 
     num_filters: int = 4
-    stage_sizes: tuple[int, ...] = (2, 1, 1, 1)
+    stage_sizes: tuple[int, ...] = (2, 1)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
