@@ -46,8 +46,8 @@ ERROR, BITS, COMPRESSION = 'error %', 'bits per character', 'weights / nonzero'
 TRAINING_ERROR, VALIDATION_BITS = 'training error %', 'validation bits per character'
 ZEROS, FROM = 'zeros per layer %', 'source or command'
 CONSTANTS = ('k1', 'k2', 'k3')
-# Of the narrowest VGG-like network, 100,000 steps of 0.35 and 0.6 s on one core, and evaluation.
-DENSE_HOURS, SPARSE_HOURS = 11, 17
+# Of the narrowest VGG-like network, 100,000 steps of 0.18 and 0.41 s on one core, and evaluation.
+DENSE_HOURS, SPARSE_HOURS = 6, 12
 # Of a table by number of weights.
 COLUMNS = (
     '', 'epochs', 'seeds', TRAINING_ERROR, ERROR, VALIDATION_BITS, BITS, COMPRESSION, ZEROS,
