@@ -31,7 +31,9 @@ PyTree = Any
 # What a weight may go through on its way to its use, and still be that weight.
 _RESHAPING = ('reshape', 'broadcast_in_dim', 'convert_element_type', 'squeeze')
 # Operands of which a zero has no finite result.
-_POLES = {'div': 1, 'rem': 1, 'log': 0, 'rsqrt': 0, 'pow': 0, 'integer_pow': 0}
+_POLES = {
+    'div': 1, 'rem': 1, 'log': 0, 'rsqrt': 0, 'pow': 0, 'integer_pow': 0, 'lgamma': 0, 'acosh': 0,
+}  # fmt: skip
 # How the names of operations start that draw random numbers.
 _RANDOM = ('random_', 'threefry2x32', 'rng_')
 
