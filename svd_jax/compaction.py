@@ -541,7 +541,7 @@ class _Analysis:
             use = None
         pole = _POLES.get(equation.primitive.name)
         if use is not None and self._same_shapes and pole is not None:
-            # Zeros in the place of units that nothing reads would make NaNs, which zero weights read.
+            # Zeros in the place of what nothing reads would make NaNs, which zero weights read.
             reads = list(use.reads)
             reads[pole] = everything(views[pole].shape)
             use = use._replace(reads=tuple(reads))

@@ -19,8 +19,9 @@ from svd_jax import backend, narrow, wide, winograd
 
 Params = Mapping[str, jax.Array]
 
-# So many channels, of the outputs, are many.
-_WIDE = 64
+# So many channels, of the outputs, are many; so many enough for Winograd's algorithm, which takes
+# longer to compile.
+_WIDE, _ENOUGH = 64, 16
 
 
 def by_patches(layer: nn.Module, x: jax.Array) -> bool:
@@ -48,7 +49,8 @@ def _all_ones(*arguments: int | Sequence[int] | None) -> bool:
 
 def way(kernel: jax.Array) -> Any:
     """The module that convolves with such a kernel, on a CPU."""
-    return wide if winograd.suits(kernel) or kernel.shape[-1] >= _WIDE else narrow
+    many = _ENOUGH if winograd.suits(kernel) else _WIDE
+    return wide if kernel.shape[-1] >= many else narrow
 
 
 def _padding(layer: Any, x: jax.Array) -> wide.Padding | None:

@@ -22,6 +22,7 @@ SHAPES = [
     ((2, 4, 5, 3), (4, 5), 3),  # one output position
     ((2, 4, 3, 2), (1, 1), 3),
     ((6, 5, 4, 7), (3, 2), 64),  # wide
+    ((2, 5, 6, 1), (3, 3), 16),  # by Winograd's algorithm, few
     ((6, 7, 4, 5), (3, 3), 64),  # by Winograd's algorithm, the last tiles cut
 ]
 every_shape = pytest.mark.parametrize('shape', SHAPES, ids=str)
