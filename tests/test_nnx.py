@@ -612,7 +612,7 @@ def test_training_reaches_all_weights_and_does_not_recompile(make, run) -> None:
             assert np.any(gradient[...] != 0), path
     losses = [step(model, optimizer, rngs, 1e-4)[0] for _ in range(40)]
     assert len(traces) == 1
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
     assert rngs.noise.count[...] == (82 if run is run_layers else 41)
     if run is run_unchanged:
         assert np.any(model.norm.mean[...] != 0)
