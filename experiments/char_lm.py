@@ -112,7 +112,8 @@ class TextTraining(Training):
         return windows[:, :-1], windows[:, 1:], key
 
     def _dense_variables(self, key: jax.Array) -> Any:
-        return self.model.init(key, jnp.zeros((1, self._length), jnp.int32))
+        tokens = jax.ShapeDtypeStruct((1, self._length), jnp.int32)
+        return self.model.lazy_init(key, tokens)  # does not run the network
 
     def units(self, path: str) -> Any:
         return language_models.units(path, self._gates)

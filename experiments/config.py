@@ -16,6 +16,11 @@ import tyro
 from experiments.errors import UsageError
 from svd_jax.train import warmup_epochs
 
+# What only random weights have; other options that --method dense can't take are never for it.
+_OF_RANDOM_WEIGHTS = (
+    'warmup', 'kl', 'log_sigma2_init', 'log_sigma2_rate', 'threshold', 'mask_in_training',
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -157,6 +162,16 @@ class Config:
         if self.pretrained is not None and self.method == 'dense':
             raise UsageError('--pretrained starts --method svd: leave it out for --method dense')
 
+    def check_given(self, defaults: 'Config') -> None:
+        """Refuses options that differ from the defaults and would change nothing.
+
+        Raises:
+          UsageError: the network is dense, and such an option is of random weights.
+        """
+        for name in _OF_RANDOM_WEIGHTS if self.method == 'dense' else ():
+            given = getattr(self, name) != getattr(defaults, name)
+            require(not given, name, 'is for --method svd')
+
     def _check_types(self) -> None:
         """Refuses what a caller in Python may pass, and numbers that are not finite."""
         for name, kind in get_type_hints(type(self)).items():
@@ -273,6 +288,7 @@ def command_line(
             default=named,
             description=description,
         )
+        config.check_given(named)
         run(config)
 
 

@@ -293,8 +293,8 @@ class Training:
 
     def _dense_variables(self, key: jax.Array) -> Any:
         """Random parameters of the network without any posterior, and its other collections."""
-        image = self._prepare(jnp.asarray(self.dataset.train_images[:1]))
-        variables = self.model.init(key, image)
+        image = jax.eval_shape(self._prepare, self.dataset.train_images[:1])
+        variables = self.model.lazy_init(key, image)  # does not run the network
         return {**variables, 'params': svd.sparsify(variables['params'], float('inf'))}
 
     def split(self, state: svd.TrainState) -> list[svd.TrainState]:
@@ -596,8 +596,8 @@ def _mean_weights(scores: dict[str, float]) -> dict[str, float]:
 
 
 def evaluation_batches(array: np.ndarray, fill: int = 0) -> jax.Array:
-    """(N, ...) to (batches, 1000, ...), the last one filled up."""
-    missing = -len(array) % _EVALUATION_BATCH
-    padding = np.full((missing, *array.shape[1:]), fill, array.dtype)
+    """(N, ...) to (batches, 1000, ...), the last one filled up; to (1, N, ...) of fewer."""
+    size = min(_EVALUATION_BATCH, len(array))
+    padding = np.full((-len(array) % size, *array.shape[1:]), fill, array.dtype)
     padded = np.concatenate([array, padding])
-    return jnp.asarray(padded.reshape(-1, _EVALUATION_BATCH, *array.shape[1:]))
+    return jnp.asarray(padded.reshape(-1, size, *array.shape[1:]))

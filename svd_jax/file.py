@@ -320,7 +320,7 @@ def _describe(
         for index, child in enumerate(node):
             yield from _describe(child, steps, header, f'{path}{index}/')
     else:
-        name = path.removesuffix('/')
+        name = path.removesuffix('/') or 'the tree'
         if not isinstance(node, (np.ndarray, np.generic, jax.Array)):
             raise ValueError(f'{name} is a {type(node).__name__}: the format holds arrays alone')
         if jax.dtypes.issubdtype(node.dtype, jax.dtypes.prng_key):

@@ -441,6 +441,11 @@ def _dot_constant(equation: Equation, views: Sequence[View], shape: Shape) -> Ou
     return product.free_in_result[-1], ~_any_but(varies, product.free[-1]) & alike
 
 
+def _exactly(values: np.ndarray) -> np.ndarray:
+    """In double precision, for a long sum; real or complex, as before."""
+    return values.astype(np.result_type(values, np.float64))
+
+
 def _dot(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units) -> Use | None:
     product = _product(equation, views, shape)
     if product is None:
@@ -461,7 +466,7 @@ def _dot(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units)
         reads = _any_but(kernel != 0, own)
         constant, values = activations.constant(axis)
         if np.any(reads & constant):
-            column = _along(np.where(constant, values, 0).astype(np.float64), own, kernel.ndim)
+            column = _along(_exactly(np.where(constant, values, 0)), own, kernel.ndim)
             bias = np.sum(kernel * column, tuple(other for _, other in product.contracted))
         activation_units[axis] = weight_units[own] = reads & ~constant
     reads_all = [tuple(activation_units), tuple(weight_units)]
@@ -529,7 +534,7 @@ def _conv(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units
             varying[0] = True
         folded = reads & ~varying
         if folded.any():
-            column = np.where(folded, values.astype(np.float64), 0)[:, None]
+            column = np.where(folded, _exactly(values), 0)[:, None]
             bias = c.features_out, np.sum(kernel[0] * column, (1, 2))
         activation_units[c.features_in] = weight_units[c.inputs] = varying
         weight_units[c.outputs] = makes[c.features_out] = wanted[c.features_out]

@@ -225,6 +225,7 @@ def compile(small: Compact, *example: Any) -> Compiled:
       The network as a function of NumPy or JAX arrays, with a report.
 
     Raises:
+      TypeError: the network has not been through :func:`svd_jax.compact`.
       ValueError: no example input.
 
     Example:
@@ -239,6 +240,11 @@ def compile(small: Compact, *example: Any) -> Compiled:
       >>> fast(x[:1]).shape
       (1, 2)
     """
+    if not isinstance(small, Compact):
+        raise TypeError(
+            f'compile takes what svd_jax.compact returns, not a {type(small).__name__}: '
+            'compile(compact(model, params, x), x)'
+        )
     if not example:
         raise ValueError('compile needs an example input: compile(small, x)')
     inputs = jax.tree.map(jax.numpy.asarray, example)

@@ -26,6 +26,20 @@ def main(experiment: Any, *arguments: str) -> None:
         config.command_line(experiment.run, experiment.DEFAULTS, experiment.__doc__, recipes)
 
 
+def refused(capfd: pytest.CaptureFixture[str], experiment: Any, *arguments: str) -> str:
+    """The one line on stderr, after exit code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(experiment, *arguments)
+    said = capfd.readouterr()
+    assert exit_.value.code == 2
+    lines = said.err.splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith('error: ')
+    assert said.out == ''
+    return lines[0]
+
+
 @contextlib.contextmanager
 def interrupted_in_the_second_epoch() -> Iterator[None]:
     """Of a run with one dispatch an epoch: after its steps and before its row."""

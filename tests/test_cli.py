@@ -15,7 +15,7 @@ import svd_jax as svd
 from experiments import data, lenet5, lenet300, models, summaries, training
 from experiments.config import Config, command_line
 from experiments.errors import UsageError
-from run_folders import ROOT, main, metrics_of, params_of, summary_of
+from run_folders import ROOT, main, metrics_of, params_of, refused, summary_of
 
 pytestmark = pytest.mark.usefixtures('no_pictures')
 
@@ -209,20 +209,6 @@ def test_validation_never_touches_the_test_images(
 # --- Bad input ------------------------------------------------------------------------------------
 
 
-def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr, after exit code 2."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(lenet300, *arguments)
-    said = capfd.readouterr()
-    assert exit_.value.code == 2
-    lines = said.err.splitlines()
-    assert len(lines) == 1, said.err
-    assert lines[0].startswith('error: ')
-    assert said.out == ''
-    return lines[0]
-
-
 @pytest.mark.parametrize(
     ('arguments', 'match'),
     [
@@ -249,6 +235,9 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         ('--checkpoint-seconds -1', '--checkpoint-seconds must be at least 0'),
         ('--checkpoint-seconds nan', '--checkpoint-seconds must be a finite number'),
         ('--method dense --pretrained {tmp}', '--pretrained starts --method svd'),
+        ('--method dense --threshold 2', '--threshold is for --method svd'),
+        ('--method dense --no-mask-in-training', '--mask-in-training is for --method svd'),
+        ('--method dense --warmup 0 1', '--warmup is for --method svd'),
         ('--out {file}', 'cannot make the folder .*choose another --out'),
         ('--out {file}/sub', 'cannot make the folder .*choose another --out'),
         ('--out /proc/new', 'cannot make the folder .*choose another --out'),
@@ -266,7 +255,7 @@ def test_bad_input(
         given += ['--dataset', 'mnist5k']
     if '--out' not in given:
         given += ['--out', str(tmp_path / 'out')]
-    assert re.search(match, refused(capfd, *given))
+    assert re.search(match, refused(capfd, lenet300, *given))
     # Nothing is left that would be in the way of the corrected command.
     assert not list((tmp_path / 'out').glob('*'))
 
@@ -276,7 +265,7 @@ def test_folder_that_may_not_be_written_to(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tmp_path.chmod(0o555)
-    line = refused(capfd, '--dataset', 'mnist5k', '--out', str(tmp_path))
+    line = refused(capfd, lenet300, '--dataset', 'mnist5k', '--out', str(tmp_path))
     assert 'cannot write to' in line
 
 

@@ -94,6 +94,18 @@ def test_without_a_bias_the_constant_gets_an_array_of_its_own() -> None:
     assert_same(small(x), TwoLayers(bias=False).apply({'params': params}, x))
 
 
+def test_constants_of_complex_weights_are_complex() -> None:
+    params, x = two_layers(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
+    params = jax.tree.map(lambda a: (a * np.complex64(1 + 2j)).astype(np.complex64), params)
+    model = nn.Sequential([nn.Dense(4), jnp.sin, nn.Dense(2)])
+    params = {'layers_0': params['Dense_0'], 'layers_2': params['Dense_1']}
+    expected = model.apply({'params': params}, x)
+    small = svd.compact(model, params, x)
+    assert small.params['layers_0']['kernel'].shape == (2, 2)
+    assert_same(small(x), expected)
+    assert_same(model.apply({'params': svd.fold(model, params, x)}, x), expected)
+
+
 def test_gradients_are_those_of_the_weights_that_are_left() -> None:
     params, x = two_layers(), jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
     small = svd.compact(TwoLayers(), params, x)

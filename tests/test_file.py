@@ -241,6 +241,7 @@ def nested(depth: int) -> Any:
         (variational(), {'bits': 0.1}, 'ask for more than'),
         (variational(), {'bits': 8, 'tolerance': 0.1}, 'pass one of them'),
         ({'a': {'b': 3}}, {}, 'a/b is a int: the format holds arrays alone'),
+        (3, {}, 'the tree is a int: the format holds arrays alone'),
         ({'a': np.array(['x'])}, {}, 'a has type <U1: convert it'),
         ({3: np.ones(2)}, {}, '3 is no string'),
         ({'a': np.zeros((1,) * 33)}, {}, 'a has shape .* takes 32 axes'),

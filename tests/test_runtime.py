@@ -271,6 +271,8 @@ def test_errors_name_what_to_pass() -> None:
     small = svd.compact(model, sparse_params(model, x), x)
     with pytest.raises(ValueError, match=r'compile needs an example input'):
         runtime.compile(small)
+    with pytest.raises(TypeError, match=r'not a Dense: compile\(compact\(model, params, x\), x\)'):
+        runtime.compile(model, x)
     compiled = runtime.compile(small, x)
     for wrong in (x[0], x[:, :4]):
         with pytest.raises(ValueError, match=r'shape \(batch, 5\), not'):

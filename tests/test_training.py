@@ -163,6 +163,14 @@ def test_labels_that_the_network_has_no_output_for() -> None:
         Training(models.LeNet300, Config(), more)
 
 
+def test_it_starts_with_what_flax_initialises() -> None:
+    """Flax runs the network for that, a training doesn't."""
+    training = Training(models.LeNet5, Config(seed=3), data.load('mnist5k'))
+    key, _ = jax.random.split(jax.random.key(3))
+    wanted = models.LeNet5().init(key, jnp.zeros((1, 28, 28, 1)))['params']
+    jax.tree.map(np.testing.assert_array_equal, training.init().params, wanted)
+
+
 def test_several_networks_without_a_weight_left(tmp_path: Path) -> None:
     summary = run(tmp_path / 'out', '--epochs', '1', '--seeds', '2', '--threshold', '-20')
     assert (summary['compression'], summary['nonzero']) == (None, 0)
