@@ -89,6 +89,8 @@ class Options:
     """Shares of zeros that the pruning methods get, also in each layer."""
     kl_weight: Annotated[tuple[float, ...], tyro.conf.arg(metavar='WEIGHT ...')] = (1.0,)
     """Weights of the KL divergence, for Sparse VD and ARD."""
+    warmup: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar='BEGIN END')] = None
+    """Epochs in which these grow from 0; if not given, as in the network's own experiment."""
     l0_weight: Annotated[tuple[float, ...], tyro.conf.arg(metavar='WEIGHT ...')] = (1.0,)
     """Weights of the expected L0 norm beside the log-likelihood of the whole training set."""
     epochs: int = 200
@@ -150,7 +152,9 @@ class Options:
         shared = ('dataset', 'data_dir', 'epochs', 'batch_size', 'learning_rate', 'validation')
         own = {name: getattr(self, name) for name in shared}
         _, defaults = NETWORKS[self.network]
-        method: Any = 'svd' if 'kl_weight' in changes else 'dense'
+        method: Any = 'dense'
+        if 'kl_weight' in changes:
+            method, own['warmup'] = 'svd', self.warmup or defaults.warmup
         return dataclasses.replace(defaults, **own, seed=seed, method=method, **changes)
 
     @property

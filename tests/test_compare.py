@@ -1,5 +1,6 @@
 """experiments.baselines against the papers, and experiments.compare from its command line on."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -471,6 +472,9 @@ def test_trainings_have_the_options_of_the_experiments(network: str) -> None:
     assert dense.identity() == defaults.identity() | {'method': 'dense', 'seed': 3}
     ard = options.config(3, kl_weight=(job.value,), kl='ard')
     assert ard.identity() == defaults.identity() | {'kl': 'ard', 'seed': 3}
+    warmed = dataclasses.replace(options, warmup=(2.0, 10.0))
+    assert warmed.config(3) == dense
+    assert warmed.config(3, kl_weight=(1.0,)).kl_warmup == (2.0, 10.0)
 
 
 # --- Bad input ------------------------------------------------------------------------------------
