@@ -153,15 +153,16 @@ def test_batch_statistics_are_trained_by_seed(dense: Path) -> None:
         assert np.all(statistics['mean'] != second[name]['mean']), name
 
 
-def test_interrupted_alone_it_ends_with_the_same_bits(dense: Path, tmp_path: Path) -> None:
-    """In the second epoch, after its steps; beside another seed it was not interrupted."""
-    out, options = tmp_path / 'run', ('--method', 'dense', '--seed', '1')
+def test_interrupted_it_ends_with_the_same_bits(dense: Path, tmp_path: Path) -> None:
+    """In the second epoch, after its steps."""
+    whole, out, options = tmp_path / 'whole', tmp_path / 'run', ('--method', 'dense', '--seed', '1')
+    run(whole, *options)
     with interrupted_in_the_second_epoch(), pytest.raises(SystemExit):
         run(out, *options)
     assert len(metrics_of(out)) == 1
     summary = run(out, *options, '--resume')
-    np.testing.assert_equal(state_of(out), state_of(dense / 'seed1'))
-    assert without_times(summary) == without_times(summary_of(dense / 'seed1'))
+    np.testing.assert_equal(state_of(out), state_of(whole))
+    assert without_times(summary) == without_times(summary_of(whole))
     for file in ('curves.png', 'weights.png', 'weights.gif'):
         for folder in (out, dense / 'seed0', dense / 'seed1'):
             assert (folder / 'pictures' / file).stat().st_size > 0
@@ -266,7 +267,7 @@ def test_dropout_is_where_the_authors_have_it() -> None:
         whole, left = np.maximum(given[f'BatchNorm_{at}'], 0), given[f'Dropout_{i}']
         gone = (left == 0) & (whole > 0)
         assert abs(gone.sum() / np.sum(whole > 0) - rate) < 0.06, at
-        np.testing.assert_allclose(left[~gone], whole[~gone] / (1 - rate), rtol=1e-5)
+        np.testing.assert_allclose(left[~gone], whole[~gone] / (1 - rate), rtol=1e-5, atol=1e-6)
 
 
 def test_only_dense_networks_are_trained_with_dropout(small: data.Dataset) -> None:
