@@ -25,7 +25,7 @@ jax.config.update('jax_debug_key_reuse', True)
 
 hypothesis.settings.register_profile(
     'default',
-    max_examples=10 if 'CI' in os.environ else 25,  # the same ten every time, there
+    max_examples=25,
     deadline=None,  # the first example compiles
     derandomize='CI' in os.environ,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
