@@ -1,6 +1,8 @@
 """Strict settings for every test: what JAX would let pass in silence is an error here."""
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
@@ -13,11 +15,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 # Programs compile in half the time without XLA's newer way of writing kernels for a CPU, here and
 # in the processes that tests start. A flag that XLA does not know ends the process: only for
-# releases that were seen to have it.
-if metadata.version('jaxlib').startswith('0.10.'):
-    os.environ['XLA_FLAGS'] = (
-        os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_use_fusion_emitters=false'
-    ).strip()
+# releases that were seen to have it. Tests marked `default_kernels` run without it, in a process of
+# their own, which this variable is set for: XLA reads its flags once.
+DEFAULT_KERNELS = 'SVD_JAX_TESTS_DEFAULT_KERNELS'
+OLDER_KERNELS = metadata.version('jaxlib').startswith('0.10.') and DEFAULT_KERNELS not in os.environ
+FLAG = '--xla_cpu_use_fusion_emitters=false'
+# Without it: workers of pytest-xdist inherit what the process that starts them has set.
+FLAGS = os.environ.get('XLA_FLAGS', '').replace(FLAG, '').strip()
+if OLDER_KERNELS:
+    os.environ['XLA_FLAGS'] = f'{FLAGS} {FLAG}'.strip()
 
 # Arrays of different ranks broadcast only where the code says so, and a typed key is used once.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -42,6 +48,9 @@ LONG = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        'markers', "default_kernels: holds bits or rounding that XLA's older kernels do not keep"
+    )
     # Prepended, so that what pyproject.toml lists may still make exceptions.
     config.getini('filterwarnings').insert(0, 'error')
     config.option.loadscopereorder = False  # but as below
@@ -50,6 +59,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path], item.path))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if not OLDER_KERNELS or pyfuncitem.get_closest_marker('default_kernels') is None:
+        return None
+    test = f'{pyfuncitem.path}::{pyfuncitem.name}'
+    result = subprocess.run(
+        (sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', test),
+        env={**os.environ, 'XLA_FLAGS': FLAGS, DEFAULT_KERNELS: '1'},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    # Not skipped, nor missing: one test, and it passed.
+    assert '1 passed' in result.stdout, result.stdout + result.stderr
+    return True
 
 
 @pytest.fixture(scope='module')

@@ -153,16 +153,16 @@ def test_batch_statistics_are_trained_by_seed(dense: Path) -> None:
         assert np.all(statistics['mean'] != second[name]['mean']), name
 
 
-def test_interrupted_it_ends_with_the_same_bits(dense: Path, tmp_path: Path) -> None:
-    """In the second epoch, after its steps."""
-    whole, out, options = tmp_path / 'whole', tmp_path / 'run', ('--method', 'dense', '--seed', '1')
-    run(whole, *options)
+@pytest.mark.default_kernels
+def test_interrupted_alone_it_ends_with_the_same_bits(dense: Path, tmp_path: Path) -> None:
+    """In the second epoch, after its steps; beside another seed it was not interrupted."""
+    out, options = tmp_path / 'run', ('--method', 'dense', '--seed', '1')
     with interrupted_in_the_second_epoch(), pytest.raises(SystemExit):
         run(out, *options)
     assert len(metrics_of(out)) == 1
     summary = run(out, *options, '--resume')
-    np.testing.assert_equal(state_of(out), state_of(whole))
-    assert without_times(summary) == without_times(summary_of(whole))
+    np.testing.assert_equal(state_of(out), state_of(dense / 'seed1'))
+    assert without_times(summary) == without_times(summary_of(dense / 'seed1'))
     for file in ('curves.png', 'weights.png', 'weights.gif'):
         for folder in (out, dense / 'seed0', dense / 'seed1'):
             assert (folder / 'pictures' / file).stat().st_size > 0
@@ -243,6 +243,7 @@ def test_units_go_as_it_trains_and_is_fine_tuned(small: data.Dataset) -> None:
 # --- Dropout --------------------------------------------------------------------------------------
 
 
+@pytest.mark.default_kernels
 def test_dropout_is_where_the_authors_have_it() -> None:
     """Of the whole network, from what each layer gives in training."""
     rates = {0: 0.3, 2: 0.4, 4: 0.4, 5: 0.4, 7: 0.4, 8: 0.4, 10: 0.4, 11: 0.4, 13: 0.5}
@@ -267,7 +268,7 @@ def test_dropout_is_where_the_authors_have_it() -> None:
         whole, left = np.maximum(given[f'BatchNorm_{at}'], 0), given[f'Dropout_{i}']
         gone = (left == 0) & (whole > 0)
         assert abs(gone.sum() / np.sum(whole > 0) - rate) < 0.06, at
-        np.testing.assert_allclose(left[~gone], whole[~gone] / (1 - rate), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(left[~gone], whole[~gone] / (1 - rate), rtol=1e-5)
 
 
 def test_only_dense_networks_are_trained_with_dropout(small: data.Dataset) -> None:
