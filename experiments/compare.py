@@ -23,7 +23,7 @@ import optax
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -654,7 +654,8 @@ def picture(summaries: list[dict[str, Any]], path: Path) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = axis.get_view_interval()
             subs = (1, 1.2, 1.5, 2, 3, 4, 5, 7) if high < 4 * low else (1, 2, 5)
-            axis.set_major_locator(LogLocator(subs=subs, numticks=20))
+            few = high < 1.5 * low  # so few that equal steps show more
+            axis.set_major_locator(MaxNLocator(5) if few else LogLocator(subs=subs, numticks=20))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
             axis.set_minor_locator(NullLocator())
         count = len(summary['seeds'])
