@@ -8,6 +8,7 @@ rule covers is left as it is.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +20,10 @@ from flax import traverse_util
 from flax.core import meta
 
 from svd_jax import network, table
-from svd_jax.batch import Batch, outline
 from svd_jax.network import Path
 from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
 from svd_jax.rules import RULES, Fixed, Rule, Units, Use, View, everything
+from svd_jax.sizes import Resized, outline
 from svd_jax.tree import PerPath
 
 PyTree = Any
@@ -438,12 +439,15 @@ class _Analysis:
             number: _as_numpy(value)
             for number, value in evaluate(program, *leaves, *jax.tree.leaves(example)).items()
         }
-        self._batch = Batch.of(program, tuple(RULES), function, tree, example)
+        self._example = example
+        self._batch = Resized.of_more_examples(program, tuple(RULES), function, tree, example)
         # On the inputs, or on how many they are.
         self._depends = {*program.inputs[len(leaves) :], *self._batch.constants()}
         self._fixed: dict[int, Fixed] = {}
         self._left: dict[str, None] = {}
         self._forwards(RULES if constants else {})
+        if self._fixed:
+            self._forget_sizes()
         outputs = program.outputs[: len(program.outputs) - len(wanted)]
         self._wanted = [everything(np.shape(self._value(output))) for output in outputs]
         self._wanted += wanted
@@ -453,6 +457,18 @@ class _Analysis:
         }
         self._uses: dict[int, Use | None] = {}
         self._backwards()
+
+    @functools.cached_property
+    def _lengths(self) -> Resized:
+        # Only where a unit may go: it takes another trace or two.
+        known = tuple(RULES)
+        return Resized.of_other_inputs(
+            self._program, known, self._function, self._tree, self._example
+        )
+
+    def _is_size(self, number: int, axis: int) -> bool:
+        """Whether that axis of a value is longer for more examples, or for longer ones."""
+        return axis in self._batch.axes(number) or axis in self._lengths.axes(number)
 
     # Forwards: which units of every value are constant.
 
@@ -483,10 +499,31 @@ class _Analysis:
             outcome = rule.constant(equation, [self._view(i) for i in equation.inputs], shape)
             if outcome is not None and outcome[1].any() and self._values[number].size:
                 axis, units = outcome
-                if axis in self._batch.axes(number) or self._batch.counts(at):
+                if self._is_size(number, axis) or self._batch.counts(at):
                     continue
                 rows = np.moveaxis(self._values[number], axis, 0).reshape(shape[axis], -1)
                 self._fixed[number] = Fixed(axis, units, rows[:, 0])
+
+    def _forget_sizes(self) -> None:
+        """What is constant for inputs of one size alone, such as sums over them, is none.
+
+        A mean over positions is one again: its values are compared, not the way to them.
+        """
+        found = {n for n in self._lengths.dependent() if n in self._fixed or n not in self._depends}
+        others = self._lengths.values(self._tree) if found else {}
+        for number in found:
+            value, other = self._values[number], others[number]
+            fixed = self._fixed.get(number)
+            if fixed is not None:
+                rows = np.moveaxis(np.asarray(other), fixed.axis, 0).reshape(len(fixed.units), -1)
+                if not _close(rows[fixed.units], fixed.values[fixed.units, None]):
+                    del self._fixed[number]
+            elif (
+                isinstance(value, np.ndarray)  # not a random key
+                and value.shape == other.shape
+                and not _close(np.asarray(other), value)
+            ):
+                self._depends.add(number)
 
     # Backwards: which units of every value are read.
 
@@ -552,13 +589,14 @@ class _Analysis:
         return use
 
     def _in_every_example(self, equation: Equation, use: Use) -> bool:
-        """Whether the same units are read and made of every example, however many there are."""
+        """Whether the same units are read and made of every example, and wherever in it."""
         operands = *zip(equation.inputs, use.reads, strict=True), (equation.outputs[0], use.makes)
-        return all(
-            units[axis].all()
+        return not any(
+            self._is_size(number, axis)
             for number, units in operands
             if isinstance(number, int)
-            for axis in self._batch.axes(number)
+            for axis, own in enumerate(units)
+            if not own.all()
         )
 
     # The plan: the smaller arrays, and the steps that run on them.
@@ -763,6 +801,15 @@ def _product(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
 
 def _sizes(units: Units) -> tuple[int, ...]:
     return tuple(int(u.sum()) for u in units)
+
+
+def _close(found: np.ndarray, wanted: np.ndarray) -> bool:
+    """Up to rounding, if there is any."""
+    if not jnp.issubdtype(wanted.dtype, jnp.inexact):
+        return bool(np.all(found == wanted))
+    rounding = float(jnp.finfo(wanted.dtype).eps) ** 0.5
+    difference = np.abs(found - wanted)
+    return bool(np.all(difference <= rounding * np.max(np.abs(wanted), initial=0)))
 
 
 def _as_numpy(value: Any) -> Any:

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from svd_jax import network, sparse
-from svd_jax.batch import literals
 from svd_jax.compaction import Compact
 from svd_jax.program import Constant, Equation, Program, run_equations, trace
+from svd_jax.sizes import literals
 
 _PRODUCTS = ('dot_general', 'conv_general_dilated')
 

@@ -354,6 +354,56 @@ def test_what_depends_on_the_number_of_examples_is_no_constant(name: str, batch:
         assert_same(model({'params': folded}, other), wanted)
 
 
+@pytest.mark.parametrize('name', OF_THE_BATCH)
+@pytest.mark.parametrize('length', [1, 4])
+def test_what_depends_on_how_long_an_example_is_is_no_constant(name: str, length: int) -> None:
+    params, mix = two_layers(), jax.vmap(OF_THE_BATCH[name])
+
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = mix(nn.relu(x @ first['kernel'] + first['bias'][None, None]))
+        return h @ second['kernel'] + second['bias'][None, None]
+
+    x = jax.random.normal(jax.random.key(0), (2, 8, 3))
+    small = svd.compact(model, params, x[:, :length])
+    folded = svd.fold(model, params, x[:, :length])
+    for other in (x[:, :length], x, x[:1, :5]):
+        wanted = model({'params': params}, other)
+        assert_same(small(other), wanted)
+        assert_same(model({'params': folded}, other), wanted)
+
+
+def test_weights_scaled_by_a_length_take_no_constant() -> None:
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = nn.relu(x @ first['kernel'] + first['bias'][None, None])
+        return h @ (second['kernel'] / x.shape[1]) + second['bias'][None, None]
+
+    params, x = two_layers(), jax.random.normal(jax.random.key(0), (2, 8, 3))
+    small, folded = (shrink(model, params, x) for shrink in (svd.compact, svd.fold))
+    for other in (x, x[:, :3]):
+        wanted = model({'params': params}, other)
+        assert_same(small(other), wanted)
+        assert_same(model({'params': folded}, other), wanted)
+
+
+@pytest.mark.parametrize('longest', [8, 16])
+def test_a_constant_goes_through_a_mean_over_positions(longest: int) -> None:
+    """Whether the model takes longer examples than it is given, or only shorter ones."""
+
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        assert x.shape[1] <= longest
+        h = nn.relu(x @ first['kernel'] + first['bias'][None, None]).mean(1)
+        return h @ second['kernel'] + second['bias'][None]
+
+    params, x = two_layers(), jax.random.normal(jax.random.key(0), (2, 8, 3))
+    small = svd.compact(model, params, x)
+    assert jax.tree.map(np.shape, small.params['Dense_1']) == {'kernel': (2, 2), 'bias': (2,)}
+    for other in (x, x[:, :3]):
+        assert_same(small(other), model({'params': params}, other))
+
+
 def test_units_of_every_example_go_whatever_the_batch() -> None:
     # Zeros for each example are constant all the same.
     def model(variables: Any, x: jax.Array) -> jax.Array:

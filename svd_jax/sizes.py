@@ -1,0 +1,175 @@
+"""What of a network's program depends on the sizes of its inputs.
+
+A network that is made smaller with one example has to do the same for a hundred, and for longer
+texts and larger images, if it takes them. So its program is traced once more, for other sizes: a
+size or a number that is another one there is no constant.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from svd_jax.program import Constant, Equation, Program, evaluate, trace
+
+# Parameters that are sizes: they say nothing that the shapes of the results don't.
+_SIZES = {'shape', 'new_sizes', 'limit_indices', 'sharding', 'out_sharding'}
+
+
+class Resized:
+    """A program beside the same one for inputs of other sizes.
+
+    Args:
+      program: traced for the example.
+      other: traced for the other sizes; None: there can't be others.
+      known: primitives of which every result is made of operands alone, example by example.
+      inputs: of the other program, if it is to be run.
+    """
+
+    def __init__(
+        self, program: Program, other: Program | None, known: Sequence[str], inputs: tuple = ()
+    ) -> None:
+        same = other is not None and outline(other) == outline(program)
+        self._program, self._other = program, other if same else None
+        self._known, self._inputs = frozenset(known), inputs
+
+    @classmethod
+    def of_more_examples(
+        cls, program: Program, known: Sequence[str], function: Any, tree: Any, example: tuple
+    ) -> 'Resized':
+        """Of a function's program for a tree and examples: with twice as many."""
+        return cls(program, _traced(function, tree, *_twice(example)), known)
+
+    @classmethod
+    def of_other_inputs(
+        cls, program: Program, known: Sequence[str], function: Any, tree: Any, example: tuple
+    ) -> 'Resized':
+        """With sequences twice as long, or larger images; or half of that, if it takes those."""
+        for change in (_longer, _shorter):
+            inputs = jax.tree.map(lambda leaf, change=change: change(jnp.asarray(leaf)), example)
+            found = cls(program, _traced(function, tree, *inputs), known, inputs)
+            if found:
+                return found
+        return cls(program, None, known)
+
+    def __bool__(self) -> bool:
+        """Whether there are other sizes."""
+        return self._other is not None
+
+    def values(self, tree: Any) -> dict[int, Any]:
+        """Every value of the other program, by the numbers of this one."""
+        assert self._other is not None
+        return evaluate(self._other, *jax.tree.leaves(tree), *jax.tree.leaves(self._inputs))
+
+    def dependent(self) -> set[int]:
+        """What may have other entries for the other sizes, of those that are there for both."""
+        if self._other is None:
+            return set()
+        found = self.constants()
+        for at, equation in enumerate(self._program.equations):
+            if self.counts(at) or not found.isdisjoint(
+                i for i in equation.inputs if isinstance(i, int)
+            ):
+                found.update(equation.outputs)
+        return found
+
+    def axes(self, number: int) -> set[int]:
+        """Of a value, those whose size is another one for the other sizes."""
+        if self._other is None:
+            return set()
+        shapes = (each.shapes[number].shape for each in (self._program, self._other))
+        return {a for a, (n, m) in enumerate(zip(*shapes, strict=True)) if n != m}
+
+    def constants(self) -> set[int]:
+        """The arrays that the function closes over which are others for the other sizes."""
+        if self._other is None:
+            return set()
+        pairs = ((n, a, self._other.constants[n]) for n, a in self._program.constants.items())
+        return {n for n, a, b in pairs if a is not b and not np.array_equal(a, b)}
+
+    def counts(self, at: int) -> bool:
+        """Whether entries of an equation's results may be others for the other sizes.
+
+        Of those that its operands have in both cases.
+        """
+        if self._other is None:
+            return False
+        equation, other = self._program.equations[at], self._other.equations[at]
+        return (
+            literals(equation) != literals(other)
+            or _but_sizes(equation) != _but_sizes(other)
+            or self._across(equation)
+            or (
+                equation.primitive.name not in self._known
+                and any(self.axes(number) for number in equation.outputs)
+            )
+        )
+
+    def _across(self, equation: Equation) -> bool:
+        """Whether it sums, or the like, over what there is more of."""
+        name, params = equation.primitive.name, equation.params
+        axes = [self.axes(i) if isinstance(i, int) else set() for i in equation.inputs]
+        if name == 'dot_general':
+            contracted, _ = params['dimension_numbers']
+            return any(own & set(over) for own, over in zip(axes, contracted, strict=True))
+        if name == 'conv_general_dilated':
+            return bool(axes[0] - {params['dimension_numbers'].lhs_spec[0]} or axes[1])
+        if 'window_dimensions' in params:
+            return any(params['window_dimensions'][axis] != 1 for axis in axes[0])
+        return name.startswith(('reduce_', 'arg')) and bool(axes[0] & set(params.get('axes', ())))
+
+
+def outline(program: Program) -> list[tuple[str, ...]]:
+    """What runs, and on arrays of how many axes: the same for inputs of other sizes."""
+    return [
+        (e.primitive.name, *(str(len(program.shapes[number].shape)) for number in e.outputs))
+        for e in program.equations
+    ]
+
+
+def literals(equation: Equation) -> list[str]:
+    """The operands that are written in the program, as text, in which NaN is NaN."""
+    return [str(np.asarray(i.value).tolist()) for i in equation.inputs if isinstance(i, Constant)]
+
+
+def _but_sizes(equation: Equation) -> dict[str, str]:
+    # As text: programs within have no equality to speak of.
+    return {name: str(value) for name, value in equation.params.items() if name not in _SIZES}
+
+
+def _twice(example: tuple) -> tuple:
+    """The shapes of twice as many examples, along the first axis of the first input."""
+    leaves, structure = jax.tree.flatten(example)
+    batch = next((leaf.shape[0] for leaf in leaves if np.ndim(leaf)), None)
+
+    def more(leaf: Any) -> Any:
+        if not np.ndim(leaf) or leaf.shape[0] != batch:
+            return leaf
+        return jax.ShapeDtypeStruct((2 * batch, *leaf.shape[1:]), leaf.dtype)
+
+    return jax.tree.unflatten(structure, list(map(more, leaves)))
+
+
+def _lengths(leaf: jax.Array) -> range:
+    """The axes of positions: between those of examples and features, or the second of two."""
+    return range(1, max(leaf.ndim - 1, min(leaf.ndim, 2)))
+
+
+def _longer(leaf: jax.Array) -> jax.Array:
+    """An input of the other sizes, with the entries that it has, so that they are valid there."""
+    return jnp.tile(leaf, [2 if axis in _lengths(leaf) else 1 for axis in range(leaf.ndim)])
+
+
+def _shorter(leaf: jax.Array) -> jax.Array:
+    return leaf[
+        tuple(slice((n + 1) // 2 if a in _lengths(leaf) else n) for a, n in enumerate(leaf.shape))
+    ]
+
+
+def _traced(function: Any, *args: Any) -> Program | None:
+    try:
+        return trace(function, *args)
+    except Exception:  # whatever a model raises that takes only so many examples
+        return None
