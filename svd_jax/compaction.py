@@ -807,9 +807,10 @@ def _close(found: np.ndarray, wanted: np.ndarray) -> bool:
     """Up to rounding, if there is any."""
     if not jnp.issubdtype(wanted.dtype, jnp.inexact):
         return bool(np.all(found == wanted))
-    rounding = float(jnp.finfo(wanted.dtype).eps) ** 0.5
-    difference = np.abs(found - wanted)
-    return bool(np.all(difference <= rounding * np.max(np.abs(wanted), initial=0)))
+    rounding, sizes = float(jnp.finfo(wanted.dtype).eps), np.abs(wanted)
+    # Of a sum over many; and of a small difference of large ones.
+    allowed = rounding**0.5 * sizes + 8 * rounding * np.max(sizes, initial=0)
+    return bool(np.all(np.abs(found - wanted) <= allowed))
 
 
 def _as_numpy(value: Any) -> Any:

@@ -387,6 +387,23 @@ def test_weights_scaled_by_a_length_take_no_constant() -> None:
         assert_same(model({'params': folded}, other), wanted)
 
 
+def test_a_small_constant_that_depends_on_a_length_beside_a_large_one() -> None:
+    params, x = two_layers(), jax.random.normal(jax.random.key(0), (2, 8, 3))
+    params['Dense_0']['kernel'][:, 3] = 0
+    params['Dense_0']['bias'][3] = 1e4
+    params['Dense_1']['kernel'][3] = 1e-4
+
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = nn.relu(x @ first['kernel'] + first['bias'][None, None])
+        h = h + 0.1 * x.shape[1] * jnp.eye(4)[None, :1]
+        return h @ second['kernel'] + second['bias'][None, None]
+
+    small = svd.compact(model, params, x)
+    for other in (x, x[:, :3]):
+        assert_same(small(other), model({'params': params}, other))
+
+
 @pytest.mark.parametrize('longest', [8, 16])
 def test_a_constant_goes_through_a_mean_over_positions(longest: int) -> None:
     """Whether the model takes longer examples than it is given, or only shorter ones."""
