@@ -47,8 +47,9 @@ class Resized:
         cls, program: Program, known: Sequence[str], function: Any, tree: Any, example: tuple
     ) -> 'Resized':
         """With sequences twice as long, or larger images; or half of that, if it takes those."""
+        example = jax.tree.map(jnp.asarray, example)
         for change in (_longer, _shorter):
-            inputs = jax.tree.map(lambda leaf, change=change: change(jnp.asarray(leaf)), example)
+            inputs = jax.tree.map(change, example)
             found = cls(program, _traced(function, tree, *inputs), known, inputs)
             if found:
                 return found
