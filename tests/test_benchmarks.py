@@ -16,6 +16,8 @@ from benchmarks import step_time
 from benchmarks.flops import matrix_flops
 from benchmarks.workloads import NUM_BATCHES, WORKLOADS, Variant, variants
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -9,9 +9,10 @@ import pytest
 import svd_jax as svd
 from svd_jax import blocks, conv, narrow, noise, wide, winograd
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != 'cpu', reason='only CPUs convolve by patches'
-)
+pytestmark = [
+    pytest.mark.usefixtures('quick_compilation'),
+    pytest.mark.skipif(jax.default_backend() != 'cpu', reason='only CPUs convolve by patches'),
+]
 
 # Batch, height, width, channels; kernel height and width; features.
 SHAPES = [

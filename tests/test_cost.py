@@ -11,6 +11,8 @@ import svd_jax as svd
 from experiments import budget
 from svd_jax import cost
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 class Net(nn.Module):
     @nn.compact

@@ -19,6 +19,7 @@ MODULES = [
 ]
 
 
+@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize('name', MODULES)
 def test_examples_in_docstrings(name: str) -> None:
     failed, _ = doctest.testmod(importlib.import_module(name))

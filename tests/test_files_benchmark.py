@@ -23,6 +23,8 @@ from experiments.training import Training
 from run_folders import params_of, summary_of
 from test_pretrained import PLAIN
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def sparse_tree(seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
