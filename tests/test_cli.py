@@ -17,7 +17,7 @@ from experiments.config import Config, command_line
 from experiments.errors import UsageError
 from run_folders import ROOT, main, metrics_of, params_of, refused, summary_of
 
-pytestmark = pytest.mark.usefixtures('no_pictures')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'no_pictures')
 
 
 def run_lenet300(out: Path, *options: str) -> dict:
