@@ -60,6 +60,8 @@ class Config:
     """Of Adam; constant up to --decay-from, then linear to 0."""
     decay_from: float = 0.0
     """Share of the epochs after which the learning rate starts to fall."""
+    cycles: int = 1
+    """The learning rate goes through this so many times, beginning anew at LEARNING_RATE."""
     warmup: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar='BEGIN END')] = None
     """Epochs in which the KL weight grows from 0 to 1; if not given, 5 20, less for short runs."""
     kl: Literal['molchanov', 'exact', 'ard'] = 'molchanov'
@@ -145,6 +147,9 @@ class Config:
         require(0 <= self.average < 1, 'average', 'must be at least 0 and below 1')
         require(self.log_sigma2_rate > 0, 'log_sigma2_rate', 'must be above 0')
         require(0 <= self.decay_from <= 1, 'decay_from', 'must lie between 0 and 1')
+        require(
+            1 <= self.cycles <= self.epochs, 'cycles', 'must lie between 1 and the number of epochs'
+        )
         begin, end = self.kl_warmup
         require(0 <= begin <= end, 'warmup', 'needs two epochs, 0 <= BEGIN <= END')
         require(self.checkpoint_seconds >= 0, 'checkpoint_seconds', 'must be at least 0')

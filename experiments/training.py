@@ -1,5 +1,6 @@
 """The compiled parts of a run, with the data on the device; one network or several at once."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -109,12 +110,14 @@ class Training:
         self.names, self._configs = list(alone), list(alone.values())
         self.variational = config.method == 'svd'
         self.steps = count // config.batch_size
-        self._schedule = optax.linear_schedule(
+        cycle = math.ceil(config.epochs * self.steps / config.cycles)
+        falling = optax.linear_schedule(
             config.learning_rate,
             0.0,
-            max(1, round(config.epochs * self.steps * (1 - config.decay_from))),
-            round(config.epochs * self.steps * config.decay_from),
+            max(1, round(cycle * (1 - config.decay_from))),
+            round(cycle * config.decay_from),
         )
+        self._schedule = lambda step: falling(step % cycle)
         self._fine_schedule = optax.linear_schedule(
             config.learning_rate, 0.0, max(1, config.fine_tune * self.steps)
         )

@@ -228,6 +228,8 @@ def test_validation_never_touches_the_test_images(
         ('--learning-rate inf', '--learning-rate must be a finite number'),
         ('--learning-rate 0', '--learning-rate must be above 0'),
         ('--decay-from 1.5', '--decay-from must lie between 0 and 1'),
+        ('--cycles 0', '--cycles must lie between 1 and the number of epochs'),
+        ('--epochs 2 --cycles 3', '--cycles must lie between 1 and the number of epochs'),
         ('--threshold nan', '--threshold must be a finite number'),
         ('--log-sigma2-init=-inf', '--log-sigma2-init must be a finite number'),
         ('--warmup 5 2', '--warmup needs two epochs, 0 <= BEGIN <= END'),

@@ -104,6 +104,27 @@ def test_the_summary_holds_means_and_deviations(four: Path) -> None:
     np.testing.assert_allclose(shown[-1]['loss'], np.mean(losses))
 
 
+@pytest.mark.parametrize(('cycles', 'decay_from'), [(1, 0.0), (1, 0.5), (2, 0.0), (3, 0.5)])
+def test_the_learning_rate_falls_once_in_every_cycle(cycles: int, decay_from: float) -> None:
+    """What the optimiser's steps measure: of a constant gradient, Adam makes steps of this size."""
+    config = Config(
+        epochs=4, batch_size=1000, learning_rate=0.5, cycles=cycles, decay_from=decay_from
+    )
+    training = Training(models.LeNet300, config, data.load('mnist5k'))
+    params = {'Dense_0': {'kernel': jnp.zeros(1)}}
+    state, sizes = training.tx.init(params), []
+    for _ in range(config.epochs * training.steps):
+        updates, state = training.tx.update(jax.tree.map(jnp.ones_like, params), state)
+        sizes.append(-updates['Dense_0']['kernel'].item())
+    # 16 steps: cycles of 16, 8 or 6, the last of these cut short.
+    length = {1: 16, 2: 8, 3: 6}[cycles]
+    done = np.arange(16) % length / length
+    wanted = 0.5 * np.minimum(1, (1 - done) / (1 - decay_from))
+    np.testing.assert_allclose(sizes, wanted, rtol=1e-3)
+    reported = [training.learning_rate(epoch) for epoch in (1, 2, 3, 4)]
+    np.testing.assert_allclose(reported, wanted[::4], rtol=1e-6)
+
+
 def test_resumed_they_end_with_the_same_bits(four: Path, tmp_path: Path) -> None:
     """As if killed after the first epoch's checkpoint, with the second epoch half reported."""
     out = shutil.copytree(four, tmp_path / 'killed')
