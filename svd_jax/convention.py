@@ -298,7 +298,12 @@ def weights(params: PyTree) -> Iterator[Weight]:
     Raises:
       ValueError: the tree breaks the convention; the message names the path.
     """
-    return _weights(params, '', {})
+    paths: set[str] = set()
+    for weight in _weights(params, '', {}):
+        if weight.path in paths:  # a name with a slash in it
+            raise ValueError(f'two arrays have the path {weight.path}: rename one of them')
+        paths.add(weight.path)
+        yield weight
 
 
 def _weights(node: Any, path: str, shared: _Groups) -> Iterator[Weight]:

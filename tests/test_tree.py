@@ -431,3 +431,17 @@ def test_shapes_alone_are_enough_under_eval_shape() -> None:
     assert full['a']['log_sigma2'] == shape
     assert jax.eval_shape(svd.sparsify, full) == {'a': {'kernel': shape}}
     assert jax.eval_shape(svd.kl, full).shape == ()
+
+
+@pytest.mark.parametrize(
+    'function', [svd.variational, svd.kl, svd.log_alpha, svd.sparsify, svd.sparsity, svd.diagnose]
+)
+def test_two_weights_of_one_path_are_refused(function: Any) -> None:
+    """Not counted as one."""
+    kernel, log_sigma2 = jnp.ones((2, 2)), jnp.zeros((2, 2))
+    if function is svd.variational:
+        layer = {'kernel': kernel}
+    else:
+        layer = {'kernel': kernel, 'log_sigma2': log_sigma2}
+    with pytest.raises(ValueError, match='two arrays have the path a/b/kernel: rename one of them'):
+        function({'a/b': layer, 'a': {'b': layer}})
