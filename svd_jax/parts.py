@@ -130,7 +130,11 @@ class Network:
 
     def _split_for(self, batch: int) -> _Split:
         like = jax.ShapeDtypeStruct((batch, *self._like.shape[1:]), self._like.dtype)
-        return _Split(trace(self._small.apply, self._small.params, like))
+        try:
+            program = trace(self._small.apply, self._small.params, like)
+        except Exception as error:  # whatever a model raises that takes only so many examples
+            raise sparse.NotCoveredError('does not take other sizes of the batch') from error
+        return _Split(program)
 
     def _known(self, program: Program, leaves: Iterable[Any]) -> dict[int, Any]:
         return dict(zip(program.inputs[:-1], leaves, strict=True)) | program.constants

@@ -237,6 +237,21 @@ def test_two_inputs_run_as_they_are() -> None:
     assert compiled.report.multiply_adds == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ('function', 'p', 'x'),
+    [
+        (lambda p, x: x.reshape(2, -1) @ p, images(6, 2), images(4, 3)),
+        (lambda p, x: x @ p, images(3, 2), images(3)),  # without examples
+    ],
+)
+def test_a_network_of_one_size_of_the_batch_runs_as_it_is(
+    function: Function, p: np.ndarray, x: np.ndarray
+) -> None:
+    compiled = runtime.compile(svd.Compact(p, jax.jit(function), None), x)  # type: ignore[arg-type]
+    assert_close(compiled(x), function(p, x))
+    assert 'does not take other sizes of the batch' in str(compiled.report)
+
+
 def test_a_product_of_which_nothing_is_read() -> None:
     """Such as the queries of an attention whose weights were all dropped."""
 
