@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -372,7 +372,8 @@ class _Runner:
         values: dict[int, Any] = {number: arrays[path] for number, path in self._paths.items()}
         values.update(program.constants)
         leaves = jax.tree.leaves(inputs)
-        values.update(zip(program.inputs[-len(leaves) :], leaves, strict=True))
+        first = len(program.inputs) - len(leaves)
+        values.update(zip(program.inputs[first:], leaves, strict=True))
 
         def value(operand: Operand, fit: _Fit | None) -> Any:
             if isinstance(operand, Constant):
@@ -459,8 +460,8 @@ class _Analysis:
         self._backwards()
 
     @functools.cached_property
-    def _lengths(self) -> Resized:
-        # Only where a unit may go: it takes another trace or two.
+    def _others(self) -> list[Resized]:
+        # Only where a unit may go: it takes another trace or two for every size.
         known = tuple(RULES)
         return Resized.of_other_inputs(
             self._program, known, self._function, self._tree, self._example
@@ -468,7 +469,7 @@ class _Analysis:
 
     def _is_size(self, number: int, axis: int) -> bool:
         """Whether that axis of a value is longer for more examples, or for longer ones."""
-        return axis in self._batch.axes(number) or axis in self._lengths.axes(number)
+        return any(axis in sizes.axes(number) for sizes in (self._batch, *self._others))
 
     # Forwards: which units of every value are constant.
 
@@ -509,21 +510,25 @@ class _Analysis:
 
         A mean over positions is one again: its values are compared, not the way to them.
         """
-        found = {n for n in self._lengths.dependent() if n in self._fixed or n not in self._depends}
-        others = self._lengths.values(self._tree) if found else {}
-        for number in found:
-            value, other = self._values[number], others[number]
-            fixed = self._fixed.get(number)
-            if fixed is not None:
-                rows = np.moveaxis(np.asarray(other), fixed.axis, 0).reshape(len(fixed.units), -1)
-                if not _close(rows[fixed.units], fixed.values[fixed.units, None]):
-                    del self._fixed[number]
-            elif (
-                isinstance(value, np.ndarray)  # not a random key
-                and value.shape == other.shape
-                and not _close(np.asarray(other), value)
-            ):
-                self._depends.add(number)
+        for sizes in self._others:
+            found = {n for n in sizes.dependent() if n in self._fixed or n not in self._depends}
+            others = sizes.values(self._tree) if found else {}
+            for number in found:
+                self._compare(number, others[number])
+
+    def _compare(self, number: int, other: Any) -> None:
+        """Keeps what is constant of a value where it is the same for inputs of another size."""
+        value, fixed = self._values[number], self._fixed.get(number)
+        if fixed is not None:
+            rows = np.moveaxis(np.asarray(other), fixed.axis, 0).reshape(len(fixed.units), -1)
+            if not _close(rows[fixed.units], fixed.values[fixed.units, None]):
+                del self._fixed[number]
+        elif (
+            isinstance(value, np.ndarray)  # not a random key
+            and value.shape == other.shape
+            and not _close(np.asarray(other), value)
+        ):
+            self._depends.add(number)
 
     # Backwards: which units of every value are read.
 
@@ -656,10 +661,10 @@ class _Analysis:
         for at, use in self._uses.items():
             if use is not None and use.bias is not None:
                 assert self._place_bias(self._program.equations[at], use, arrays) is None
-        leaves, within = [], network.with_collections(self._tree)
+        leaves = []
         for number, leaf in zip(self._weights, jax.tree.leaves(self._tree), strict=True):
             path = self._paths[number]
-            if (not within or path[0] == 'params') and self._consumers(number):
+            if self._may_change(number) and self._consumers(number):
                 whole = np.zeros_like(self._values[number])
                 if path in arrays:
                     whole[np.ix_(*self._kept(number))] = arrays[path]
@@ -715,6 +720,14 @@ class _Analysis:
             operand = maker.inputs[0]
         return None
 
+    def _may_change(self, leaf: int | None) -> TypeGuard[int]:
+        """Whether a leaf is one that may be given other entries: of several collections, a
+        parameter, where arrays keep their shapes."""
+        if leaf is None:
+            return False
+        others_stay = self._same_shapes and network.with_collections(self._tree)
+        return not others_stay or self._paths[leaf][0] == 'params'
+
     def _following_bias(self, equation: Equation, use: Use) -> int | None:
         """The leaf that is added next, to this result alone, if it can take on the constants."""
         assert use.bias is not None
@@ -727,7 +740,7 @@ class _Analysis:
         if follower.primitive.name != 'add' or not others:
             return None
         leaf = self._weight_of(others[0], alone=True)
-        if leaf is None or self._values[leaf].shape != use.bias[1].shape:
+        if not self._may_change(leaf) or self._values[leaf].shape != use.bias[1].shape:
             return None
         return leaf if self._lies_at(others[0], leaf, use.bias[0], number) else None
 
@@ -751,7 +764,7 @@ class _Analysis:
         """Whether constants can go where there is already a place for them, and no other use."""
         return use.bias is None or (
             self._following_bias(equation, use) is not None
-            and any(self._weight_of(i, alone=True) is not None for i in equation.inputs)
+            and any(self._may_change(self._weight_of(i, alone=True)) for i in equation.inputs)
         )
 
     def _place_bias(

@@ -5,7 +5,8 @@ texts and larger images, if it takes them. So its program is traced once more, f
 size or a number that is another one there is no constant.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from svd_jax.program import Constant, Equation, Program, evaluate, trace
+
+# Of every input, the axes that are to be of another size.
+Axes = tuple[frozenset[int], ...]
 
 # Parameters that are sizes: they say nothing that the shapes of the results don't.
 _SIZES = {'shape', 'new_sizes', 'limit_indices', 'sharding', 'out_sharding'}
@@ -45,15 +49,28 @@ class Resized:
     @classmethod
     def of_other_inputs(
         cls, program: Program, known: Sequence[str], function: Any, tree: Any, example: tuple
-    ) -> 'Resized':
-        """With sequences twice as long, or larger images; or half of that, if it takes those."""
-        example = jax.tree.map(jnp.asarray, example)
-        for change in (_longer, _shorter):
-            inputs = jax.tree.map(change, example)
-            found = cls(program, _traced(function, tree, *inputs), known, inputs)
-            if found:
-                return found
-        return cls(program, None, known)
+    ) -> list['Resized']:
+        """With sequences twice as long, or larger images; or half of that, if it takes those.
+
+        One for every size that can be another one by itself: that of the texts, of the masks that
+        go with them, of another input's first axis.
+        """
+        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, example))
+
+        def tried(axes: Axes) -> 'Resized | None':
+            for change in (_longer, _shorter):
+                inputs = [change(leaf, own) for leaf, own in zip(leaves, axes, strict=True)]
+                other = _traced(function, tree, *jax.tree.unflatten(structure, inputs))
+                found = cls(program, other, known, tuple(inputs))
+                if found:
+                    return found
+            return None
+
+        found = []
+        for choices in _together(leaves):
+            # Of more than one way, the first that the network takes.
+            found += list(itertools.islice(filter(None, map(tried, choices)), 1))
+        return found
 
     def __bool__(self) -> bool:
         """Whether there are other sizes."""
@@ -153,20 +170,39 @@ def _twice(example: tuple) -> tuple:
     return jax.tree.unflatten(structure, list(map(more, leaves)))
 
 
-def _lengths(leaf: jax.Array) -> range:
-    """The axes of positions: between those of examples and features, or the second of two."""
-    return range(1, max(leaf.ndim - 1, min(leaf.ndim, 2)))
+def _together(leaves: Sequence[jax.Array]) -> Iterator[list[Axes]]:
+    """For every size, which axes may be of another one at once, in the order to try them.
+
+    Not the first axis, if it is that of examples. What has the size of another axis by chance, such
+    as the last one, of features, may have to stay.
+    """
+    batch = next((leaf.shape[0] for leaf in leaves if leaf.ndim), None)
+    shapes = [leaf.shape for leaf in leaves]
+
+    def chosen(condition: Callable[[tuple[int, ...], int], bool]) -> Axes:
+        return tuple(frozenset(a for a in range(len(s)) if condition(s, a)) for s in shapes)
+
+    for size in sorted({n for shape in shapes for n in shape}):
+
+        def alike(shape: tuple[int, ...], axis: int, size: int = size) -> bool:
+            return shape[axis] == size and (axis > 0 or size != batch)
+
+        ways = [
+            chosen(alike),
+            chosen(lambda s, a: alike(s, a) and (len(s) < 3 or a < len(s) - 1)),
+            chosen(lambda s, a: alike(s, a) or (len(s) == 1 and s[a] == size)),  # noqa: B023
+        ]
+        yield [way for way in dict.fromkeys(ways) if any(way)]
+    yield [chosen(lambda s, a: 0 < a < len(s) - 1)]
 
 
-def _longer(leaf: jax.Array) -> jax.Array:
+def _longer(leaf: jax.Array, axes: frozenset[int]) -> jax.Array:
     """An input of the other sizes, with the entries that it has, so that they are valid there."""
-    return jnp.tile(leaf, [2 if axis in _lengths(leaf) else 1 for axis in range(leaf.ndim)])
+    return jnp.tile(leaf, [2 if axis in axes else 1 for axis in range(leaf.ndim)])
 
 
-def _shorter(leaf: jax.Array) -> jax.Array:
-    return leaf[
-        tuple(slice((n + 1) // 2 if a in _lengths(leaf) else n) for a, n in enumerate(leaf.shape))
-    ]
+def _shorter(leaf: jax.Array, axes: frozenset[int]) -> jax.Array:
+    return leaf[tuple(slice((n + 1) // 2 if a in axes else n) for a, n in enumerate(leaf.shape))]
 
 
 def _traced(function: Any, *args: Any) -> Program | None:

@@ -273,6 +273,45 @@ def test_a_network_that_is_all_constant_still_runs() -> None:
     assert_same(small(x), TwoLayers().apply({'params': params}, x))
 
 
+class FrozenKernel(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.sigmoid(nn.Dense(6)(x))
+        kernel = self.variable('frozen', 'kernel', lambda: jnp.arange(18.0).reshape(6, 3)).value
+        return x @ kernel + self.param('bias', nn.initializers.zeros, (3,))[None]
+
+
+class FrozenBias(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6)(x))
+        x = nn.Dense(3, use_bias=False)(x)
+        return x + self.variable('frozen', 'offset', lambda: jnp.ones(3)).value[None]
+
+
+@pytest.mark.parametrize('model', [FrozenKernel(), FrozenBias()])
+def test_what_is_no_parameter_is_not_folded_into(model: nn.Module) -> None:
+    x = jax.random.normal(jax.random.key(0), (4, 5))
+    variables = jax.tree.map(np.array, model.init(jax.random.key(1), x))
+    variables['params']['Dense_0']['kernel'][:, :3] = 0
+    variables['params']['Dense_0']['bias'][:3] = 2
+    wanted = model.apply(variables, x)
+    folded = svd.fold(model, variables, x)
+    assert_same(model.apply(folded, x), wanted)
+    assert_same(svd.compact(model, variables, x)(x), wanted)
+    jax.tree.map(np.testing.assert_array_equal, folded['frozen'], variables['frozen'])
+
+
+def test_a_model_without_inputs() -> None:
+    class Constants(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return nn.Dense(2)(self.param('z', nn.initializers.ones, (1, 4)))
+
+    params = Constants().init(jax.random.key(0))['params']
+    assert_same(svd.compact(Constants(), params)(), Constants().apply({'params': params}))
+
+
 def test_what_no_rule_covers_is_left_and_said() -> None:
     class Sorted(nn.Module):
         @nn.compact
@@ -371,6 +410,78 @@ def test_what_depends_on_how_long_an_example_is_is_no_constant(name: str, length
         wanted = model({'params': params}, other)
         assert_same(small(other), wanted)
         assert_same(model({'params': folded}, other), wanted)
+
+
+class Frames(nn.Module):
+    """Of any number of frames, and of as many bands as the example; mean by attention."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4)(x.reshape(*x.shape[:2], -1))
+        weight = nn.softmax(nn.Dense(4)(x), axis=1)
+        return nn.Dense(2)((weight * nn.relu(x)).sum(1))
+
+
+class Points(nn.Module):
+    """Of any number of points, or of nodes, beside inputs of other sizes."""
+
+    @nn.compact
+    def __call__(self, context, points):
+        total = nn.relu(nn.Dense(4)(points)).sum(0, keepdims=context.ndim > 1)
+        return nn.Dense(2)(total) + nn.Dense(2)(context)
+
+
+class Places(nn.Module):
+    """Of a text, and of where its characters are."""
+
+    @nn.compact
+    def __call__(self, x, places):
+        x = nn.relu(nn.Dense(4)(x)) + places[None, :, None]
+        return nn.Dense(2)(x.sum(1))
+
+
+class Masked(nn.Module):
+    """Of a text, and of which characters see which."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        x = nn.relu(nn.Dense(4)(x))
+        return nn.Dense(2)((mask[:, 0] @ x).sum(1))
+
+
+def sized(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(sum(shape)), shape)
+
+
+@pytest.mark.parametrize(
+    ('model', 'example', 'others'),
+    [
+        (Frames(), (sized(2, 6, 3, 1),), [(sized(2, 12, 3, 1),), (sized(1, 5, 3, 1),)]),
+        # As many frames as bands, and as examples.
+        (Frames(), (sized(3, 3, 3, 1),), [(sized(3, 5, 3, 1),), (sized(2, 4, 3, 1),)]),
+        (Points(), (sized(2), sized(5, 3)), [(sized(2), sized(10, 3)), (sized(2), sized(3, 3))]),
+        (Points(), (sized(1, 2), sized(5, 3)), [(sized(1, 2), sized(7, 3))]),
+        (Places(), (sized(2, 6, 3), sized(6)), [(sized(2, 9, 3), sized(9))]),
+        (Places(), (sized(6, 6, 3), sized(6)), [(sized(2, 9, 3), sized(9))]),
+        (
+            Masked(), (sized(2, 6, 3), jnp.ones((2, 1, 6, 6))),
+            [(sized(2, 4, 3), jnp.ones((2, 1, 4, 4))), (sized(3, 6, 3), jnp.ones((3, 1, 6, 6)))],
+        ),
+    ],
+)  # fmt: skip
+def test_sizes_that_can_be_others_by_themselves(
+    model: nn.Module, example: tuple, others: list[tuple]
+) -> None:
+    params = jax.tree.map(np.array, model.init(jax.random.key(0), *example)['params'])
+    params['Dense_0']['kernel'][:, :2] = 0
+    params['Dense_0']['bias'][:2] = 1, -1
+    params['Dense_1']['kernel'][:, :2] = 0
+    small = svd.compact(model, params, *example)
+    folded = svd.fold(model, params, *example)
+    for inputs in (example, *others):
+        wanted = model.apply({'params': params}, *inputs)
+        assert_same(small(*inputs), wanted)
+        assert_same(model.apply({'params': folded}, *inputs), wanted)
 
 
 def test_weights_scaled_by_a_length_take_no_constant() -> None:
