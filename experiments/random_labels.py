@@ -29,6 +29,8 @@ class Config(config.Config):
 
     label_seed: int = 0
     """Of the labels; networks that differ in SEED alone learn the same ones."""
+    images: int = 0
+    """Learn the labels of so many of the training images, the first ones; 0 for all."""
     width: int = 512
     """Units of each of the two hidden layers, on MNIST."""
     k: float = 0.25
@@ -46,6 +48,7 @@ class Config(config.Config):
         config.require(
             0 <= self.label_seed < 2**32, 'label_seed', 'must lie between 0 and 2**32 - 1'
         )
+        config.require(self.images >= 0, 'images', 'must be at least 0')
         config.require(self.width >= 1, 'width', 'must be at least 1')
         vgg.check_width(self.k)
         config.require(0 <= self.dropout < 1, 'dropout', 'must be at least 0 and below 1')
@@ -64,6 +67,20 @@ def with_random_labels(dataset: data.Dataset, seed: int) -> data.Dataset:
 
     return dataset._replace(
         train_labels=draw(dataset.train_labels), test_labels=draw(dataset.test_labels)
+    )
+
+
+def first(dataset: data.Dataset, images: int) -> data.Dataset:
+    """With the first so many training images alone, or all of them if 0.
+
+    Raises:
+      UsageError: there are fewer.
+    """
+    count = len(dataset.train_images)
+    config.require(images <= count, 'images', f'is for up to {count} images of {dataset.name}')
+    return dataset._replace(
+        train_images=dataset.train_images[: images or None],
+        train_labels=dataset.train_labels[: images or None],
     )
 
 
@@ -132,7 +149,8 @@ DEFAULTS = Config(epochs=100, decay_from=0.5, batch_size=200)
 
 
 def run(options: Config) -> None:
-    dataset = with_random_labels(data.load(options.dataset, options.data_dir), options.label_seed)
+    dataset = first(data.load(options.dataset, options.data_dir), options.images)
+    dataset = with_random_labels(dataset, options.label_seed)
     data.epoch_permutation(options.seed, 0, len(dataset.train_labels), options.batch_size)  # checks
     facts = {
         'experiment': 'random_labels', 'dataset': dataset.name,

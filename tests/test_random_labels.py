@@ -107,6 +107,28 @@ def test_labels_do_not_hang_on_the_seed_of_the_run(monkeypatch: pytest.MonkeyPat
     assert told[0]['examples'] != told[2]['examples']
 
 
+def test_some_of_the_images(digits: data.Dataset) -> None:
+    some = random_labels.first(digits, 7)
+    np.testing.assert_array_equal(some.train_images, digits.train_images[:7])
+    np.testing.assert_array_equal(some.train_labels, digits.train_labels[:7])
+    assert some.test_images is digits.test_images
+    for everything in (0, 4000):
+        kept = random_labels.first(digits, everything)
+        np.testing.assert_array_equal(kept.train_images, digits.train_images)
+    with pytest.raises(UsageError, match='--images is for up to 4000 images of mnist5k'):
+        random_labels.first(digits, 4001)
+
+
+def test_a_run_learns_some_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings: list[random_labels.MemoryTraining] = []
+    monkeypatch.setattr(
+        random_labels.loop, 'run_training', lambda make, *_: trainings.append(make())
+    )
+    random_labels.run(random_labels.Config(dataset='mnist5k', images=500, batch_size=100))
+    (training,) = trainings
+    assert (len(training.dataset.train_labels), training.steps) == (500, 5)
+
+
 # --- Dropout --------------------------------------------------------------------------------------
 
 
