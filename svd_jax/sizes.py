@@ -5,7 +5,6 @@ texts and larger images, if it takes them. So its program is traced once more, f
 size or a number that is another one there is no constant.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -66,11 +65,9 @@ class Resized:
                     return found
             return None
 
-        found = []
-        for choices in _together(leaves):
-            # Of more than one way, the first that the network takes.
-            found += list(itertools.islice(filter(None, map(tried, choices)), 1))
-        return found
+        # Of more than one way, the first that the network takes.
+        found = (next(filter(None, map(tried, ways)), None) for ways in _together(leaves))
+        return [sizes for sizes in found if sizes is not None]
 
     def __bool__(self) -> bool:
         """Whether there are other sizes."""
