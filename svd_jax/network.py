@@ -42,6 +42,20 @@ def with_collections(variables: PyTree) -> bool:
     return isinstance(variables, Mapping) and 'params' in variables
 
 
+def split(variables: PyTree) -> tuple[PyTree, dict[str, PyTree]]:
+    """The parameters, and the other collections by name.
+
+    Raises:
+      ValueError: it is not a tree of variables.
+    """
+    if not with_collections(variables):
+        raise ValueError(
+            "there is no collection 'params': pass what model.init returns, or {'params': params}"
+        )
+    collections = dict(variables)
+    return collections.pop('params'), collections
+
+
 def posterior(variables: PyTree) -> str | None:
     """The path of some ``log_sigma2``, if there is one."""
     return next(('/'.join(path) for path in paths(variables) if path[-1:] == (LOG_SIGMA2,)), None)

@@ -17,7 +17,7 @@ import optax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from svd_jax import backend, convention, tree
+from svd_jax import backend, convention, network, tree
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -47,9 +47,11 @@ class TrainState(flax.struct.PyTreeNode):
         Args:
           variables: what ``model.init`` returns: ``{'params': ..., 'batch_stats': ...}``.
           tx: the optimiser.
+
+        Raises:
+          ValueError: there is no collection ``'params'``.
         """
-        collections = dict(variables)
-        params = collections.pop('params')
+        params, collections = network.split(variables)
         # Copies: steps donate their state, and the caller's own arrays must survive that. Some
         # optimisers begin with the parameters themselves, and no array can be donated twice.
         copies = jax.tree.map(jnp.array, (params, tx.init(params), collections))
@@ -235,7 +237,8 @@ def make_train_step(
 
     Raises:
       ValueError: ``num_data`` or ``num_samples`` is below 1; or, at the first call, ``apply_fn``
-        never reads some ``log_sigma2``, whose path the message names.
+        never reads some ``log_sigma2``, whose path the message names, or a metric of ``loss_fn``
+        has the name of one of the step.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -273,6 +276,11 @@ def make_train_step(
         weight = jnp.asarray(kl_weight(state.step) if callable(kl_weight) else kl_weight)
         loss = elbo_loss(data_term, kl, num_data, weight)
         terms = {'loss': loss, 'data_term': data_term, 'kl': kl, 'kl_weight': weight}
+        taken = metrics.keys() & {*terms, 'sparsity', 'finite'}
+        if taken:
+            raise ValueError(
+                f'loss_fn has a metric named {min(taken)}, which is one of the step: rename it'
+            )
         return loss, ({**terms, **metrics}, collections)
 
     def mean_loss(

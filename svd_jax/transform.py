@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import LazyRng
 
-from svd_jax import linear, noise, posterior, randomness, scales, tree
+from svd_jax import linear, network, noise, posterior, randomness, scales, tree
 from svd_jax.convention import Number, Weight, masked
 
 PyTree = Any
@@ -64,8 +64,9 @@ def apply(
       ``capture_intermediates``, ``((y, kl), updates)``.
 
     Raises:
-      ValueError: there is no rng ``'noise'``; nothing is variational; the model doesn't use some
-        weight that is; or a weight that ``sampled`` left out cannot be local.
+      ValueError: there is no rng ``'noise'`` or no collection ``'params'``; nothing is variational;
+        the model doesn't use some weight that is; or a weight that ``sampled`` left out cannot be
+        local.
 
     References:
       Kingma, Salimans & Welling, "Variational Dropout and the Local Reparameterization Trick",
@@ -87,8 +88,7 @@ def apply(
             "model.apply({'params': svd.sparsify(params)}, ...)"
         )
     key = rngs.pop(NOISE)
-    collections = dict(variables)
-    params = collections.pop('params')
+    params, collections = network.split(variables)
     with_updates = mutable is not False or bool(capture_intermediates)
 
     def run_model(params: PyTree) -> Any:

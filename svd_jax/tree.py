@@ -235,7 +235,8 @@ def variational(
         raise ValueError(
             'nothing to make variational: '
             + (f'where={where!r} chose none of {", ".join(paths)}' if paths else
-               f'the tree has no leaf named {" or ".join(WEIGHTS)}')
+               f'the tree has no leaf named {" or ".join(WEIGHTS)}; of a model of Flax NNX, '
+               'svd.nnx.variational makes one')
         )  # fmt: skip
     added = {}
     for path, like in scales.items():

@@ -376,3 +376,26 @@ def test_training_lowers_the_loss_and_drops_what_is_only_noise() -> None:
     assert np.all(kept[:3].diagonal())
     assert not np.any(kept[3:])
     np.testing.assert_allclose(history[-1]['sparsity'], 1 - kept.mean(), atol=0.1)
+
+
+@pytest.mark.parametrize('name', ['loss', 'data_term', 'kl', 'kl_weight', 'sparsity', 'finite'])
+def test_a_metric_named_as_one_of_the_step_is_refused(name: str) -> None:
+    """Not put in its place."""
+    model, tx = svd.linen.Dense(2), optax.sgd(0.1)
+    state = svd.TrainState.create(model.init(jax.random.key(0), jnp.ones((1, 3))), tx)
+
+    def loss(outputs: jax.Array, targets: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return outputs.sum(), {name: outputs.sum(), 'mine': outputs.mean()}
+
+    step = svd.make_train_step(model.apply, loss, tx, num_data=4)
+    with pytest.raises(ValueError, match=f'metric named {name}, which is one of the step: rename'):
+        step(state, (jnp.ones((1, 3)), None), jax.random.key(1))
+
+
+def test_bare_parameters_are_refused() -> None:
+    params = svd.variational({'kernel': jnp.ones((3, 2))})
+    message = "no collection 'params': pass what model.init returns, or {'params': params}"
+    with pytest.raises(ValueError, match=message):
+        svd.TrainState.create(params, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=message):
+        svd.apply(nn.Dense(2), params, jnp.ones((1, 3)), rngs={'noise': jax.random.key(0)})
