@@ -17,8 +17,8 @@ The weights of several layers may share scales too. Those lie beside the layers,
      'groups': {'hf+hi:inputs': {'scale': (9, 1), 'log_sigma2': (9, 1)}}}
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from svd_jax import posterior
 PyTree = Any
 Number = float | jax.Array
 _Groups = Mapping[str, Mapping[str, Any]]
+_T = TypeVar('_T')
 
 WEIGHTS = ('kernel', 'embedding')
 SCALES = ('scale', 'log_scale')
@@ -178,12 +179,17 @@ def by_path(node: Any) -> dict[str, Any]:
     Raises:
       ValueError: two paths are the same, as names that hold a slash can make them.
     """
-    found: dict[str, Any] = {}
-    for path, leaf in leaves(node):
-        if path in found:
+    return dict(_distinct(leaves(node)))
+
+
+def _distinct(named: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
+    """The same pairs, unless a name with a slash in it makes two paths one."""
+    paths: set[str] = set()
+    for path, value in named:
+        if path in paths:
             raise ValueError(f'two arrays have the path {path}: rename one of them')
-        found[path] = leaf
-    return found
+        paths.add(path)
+        yield path, value
 
 
 def _rebuild(node: Any, children: dict[str, Any]) -> Any:
@@ -298,11 +304,7 @@ def weights(params: PyTree) -> Iterator[Weight]:
     Raises:
       ValueError: the tree breaks the convention; the message names the path.
     """
-    paths: set[str] = set()
-    for weight in _weights(params, '', {}):
-        if weight.path in paths:  # a name with a slash in it
-            raise ValueError(f'two arrays have the path {weight.path}: rename one of them')
-        paths.add(weight.path)
+    for _, weight in _distinct((weight.path, weight) for weight in _weights(params, '', {})):
         yield weight
 
 

@@ -16,6 +16,7 @@ from svd_jax.program import Constant, Equation, Program, evaluate, trace
 
 # Of every input, the axes that are to be of another size.
 Axes = tuple[frozenset[int], ...]
+Shape = tuple[int, ...]
 
 # Parameters that are sizes: they say nothing that the shapes of the results don't.
 _SIZES = {'shape', 'new_sizes', 'limit_indices', 'sharding', 'out_sharding'}
@@ -175,22 +176,25 @@ def _together(leaves: Sequence[jax.Array]) -> Iterator[list[Axes]]:
     """
     batch = next((leaf.shape[0] for leaf in leaves if leaf.ndim), None)
     shapes = [leaf.shape for leaf in leaves]
-
-    def chosen(condition: Callable[[tuple[int, ...], int], bool]) -> Axes:
-        return tuple(frozenset(a for a in range(len(s)) if condition(s, a)) for s in shapes)
-
     for size in sorted({n for shape in shapes for n in shape}):
+        yield _ways(size, shapes, batch)
+    yield [_chosen(shapes, lambda s, a: 0 < a < len(s) - 1)]
 
-        def alike(shape: tuple[int, ...], axis: int, size: int = size) -> bool:
-            return shape[axis] == size and (axis > 0 or size != batch)
 
-        ways = [
-            chosen(alike),
-            chosen(lambda s, a: alike(s, a) and (len(s) < 3 or a < len(s) - 1)),
-            chosen(lambda s, a: alike(s, a) or (len(s) == 1 and s[a] == size)),  # noqa: B023
-        ]
-        yield [way for way in dict.fromkeys(ways) if any(way)]
-    yield [chosen(lambda s, a: 0 < a < len(s) - 1)]
+def _ways(size: int, shapes: Sequence[Shape], batch: int | None) -> list[Axes]:
+    def alike(shape: Shape, axis: int) -> bool:
+        return shape[axis] == size and (axis > 0 or size != batch)
+
+    ways = (
+        _chosen(shapes, alike),
+        _chosen(shapes, lambda s, a: alike(s, a) and (len(s) < 3 or a < len(s) - 1)),
+        _chosen(shapes, lambda s, a: alike(s, a) or (len(s) == 1 and s[a] == size)),
+    )
+    return [way for way in dict.fromkeys(ways) if any(way)]
+
+
+def _chosen(shapes: Sequence[Shape], condition: Callable[[Shape, int], bool]) -> Axes:
+    return tuple(frozenset(a for a in range(len(s)) if condition(s, a)) for s in shapes)
 
 
 def _longer(leaf: jax.Array, axes: frozenset[int]) -> jax.Array:
