@@ -3,7 +3,8 @@
 XLA's convolutions are slow on a CPU, their gradients slower, and slower still inside a loop. An
 ordinary two-dimensional convolution is computed here as matrix products instead: with the channels
 innermost where they are many or Winograd's algorithm has few products (:mod:`svd_jax.wide`), else
-with the batch innermost (:mod:`svd_jax.narrow`).
+with the batch innermost (:mod:`svd_jax.narrow`). XLA's own would do for a few channels and large
+images, but not in a loop, where it takes ten times as long.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,8 @@ from svd_jax import backend, narrow, wide, winograd
 Params = Mapping[str, jax.Array]
 
 # So many channels, of the outputs, are many; so many enough for Winograd's algorithm, which takes
-# longer to compile.
-_WIDE, _ENOUGH = 64, 16
+# longer to compile; with fewer, so many bytes of patches are.
+_WIDE, _ENOUGH, _MOST_BYTES = 64, 16, 2**24
 
 
 def by_patches(layer: nn.Module, x: jax.Array) -> bool:
@@ -47,10 +48,12 @@ def _all_ones(*arguments: int | Sequence[int] | None) -> bool:
     return all(set((a,) if isinstance(a, int) else a or (1,)) == {1} for a in arguments)
 
 
-def way(kernel: jax.Array) -> Any:
-    """The module that convolves with such a kernel, on a CPU."""
-    many = _ENOUGH if winograd.suits(kernel) else _WIDE
-    return wide if kernel.shape[-1] >= many else narrow
+def way(x: jax.Array, kernel: jax.Array) -> Any:
+    """The module that convolves such images with such a kernel, on a CPU."""
+    if not winograd.suits(kernel):
+        return wide if kernel.shape[-1] >= _WIDE else narrow
+    bytes_of_patches = 3 * 3 * x.size * x.dtype.itemsize
+    return wide if kernel.shape[-1] >= _ENOUGH or bytes_of_patches > _MOST_BYTES else narrow
 
 
 def _padding(layer: Any, x: jax.Array) -> wide.Padding | None:
@@ -86,7 +89,7 @@ _DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 def padding_by_patches(params: Mapping[str, Any], x: Any, kernel: Any) -> wide.Padding | None:
     """The zeros around the image of a ``conv_general_dilated`` that this backend computes faster
-    here, with ``way(kernel)``; None if it doesn't.
+    here, with ``way(x, kernel)``; None if it doesn't.
 
     Args:
       params: of the primitive operation.
@@ -111,7 +114,7 @@ def apply(layer: Any, params: Params, x: jax.Array) -> jax.Array:
     x, kernel, bias = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), dtype=layer.dtype
     )
-    return way(kernel).apply(x, kernel, bias, _padding(layer, x))
+    return way(x, kernel).apply(x, kernel, bias, _padding(layer, x))
 
 
 def sample(
@@ -121,7 +124,7 @@ def sample(
     x, kernel, bias, sigma2 = layer.promote_dtype(
         x, params['kernel'], params.get('bias'), sigma2, dtype=layer.dtype
     )
-    return way(kernel).sample(x, kernel, sigma2, bias, _padding(layer, x), key)
+    return way(x, kernel).sample(x, kernel, sigma2, bias, _padding(layer, x), key)
 
 
 @jax.custom_vjp

@@ -318,7 +318,7 @@ def _as_it_is(eqn: Any, operands: list[Any]) -> list[Any]:
     if name == 'conv_general_dilated':
         padding = conv.padding_by_patches(eqn.params, *operands)
         if padding:
-            return [conv.way(operands[1]).apply(*operands, None, padding)]
+            return [conv.way(*operands).apply(*operands, None, padding)]
     values = {a: v for a, v in zip(eqn.invars, operands, strict=True) if type(a) is core.Var}
     where = core.DebugInfo(__name__, '', None, None)
     jaxpr = core.Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects, where)
@@ -404,7 +404,7 @@ def _drawn(eqn: Any, operands: list[Any], at: int, key: jax.Array) -> jax.Array:
     if name == 'conv_general_dilated' and at == 1:
         padding = conv.padding_by_patches(eqn.params, x, weight.mean)
         if padding:
-            way = conv.way(weight.mean)
+            way = conv.way(x, weight.mean)
             return way.sample(x, weight.mean, weight.variance, None, padding, key)
 
     def operation(weight: jax.Array, x: jax.Array, **params: Any) -> jax.Array:

@@ -108,7 +108,7 @@ def test_moments_are_two_convolutions_with_their_gradients(shape, monkeypatch) -
 
     y, vjp = jax.vjp(sample, *float32(x, kernel, sigma2))
     eps = draws[0]
-    if conv.way(jnp.asarray(kernel, jnp.float32)) is narrow:
+    if conv.way(*float32(x, kernel)) is narrow:
         eps = eps.transpose(3, 1, 2, 0)  # drawn with the batch innermost
 
     def wanted(x, kernel, sigma2):
@@ -121,6 +121,21 @@ def test_moments_are_two_convolutions_with_their_gradients(shape, monkeypatch) -
     gradients = vjp(jnp.asarray(cotangent, jnp.float32))
     for gradient, w in zip(gradients, vjp64(wanted, (x, kernel, sigma2), cotangent), strict=True):
         assert_close(gradient, w)
+
+
+def test_few_features_of_large_images_go_by_winograds_algorithm(monkeypatch) -> None:
+    layer, x, kernel, sigma2, bias = case(SHAPES[1])
+    arrays = float32(x, kernel)
+    assert conv.way(*arrays) is narrow
+    monkeypatch.setattr(conv, '_MOST_BYTES', 4 * 3 * 3 * x.size)
+    assert conv.way(*arrays) is narrow
+    monkeypatch.setattr(conv, '_MOST_BYTES', 4 * 3 * 3 * x.size - 1)
+    assert conv.way(*arrays) is wide
+    params = {'kernel': arrays[1], 'bias': jnp.asarray(bias, jnp.float32)}
+    wanted = convolve64(x, kernel) + bias
+    assert_close(conv.apply(layer, params, arrays[0]), wanted)
+    (sigma32,) = float32(sigma2 * 1e-20)
+    assert_close(conv.sample(layer, params, sigma32, arrays[0], jax.random.key(0)), wanted)
 
 
 def test_sample_has_the_moments_it_should() -> None:
