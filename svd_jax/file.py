@@ -294,7 +294,7 @@ def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[s
             yield weight.path, (code, quantise.levels(values, sigma, step, tolerance))
         name = f'{weight.path.rpartition("/")[0]}/bias'.removeprefix('/')
         bias = np.asarray(siblings.get(name, np.zeros(0, bool)))
-        if bias.dtype.kind in 'fV' and np.all(np.abs(bias) < _MOST_LEVELS * step / 4):
+        if bias.dtype.kind in 'fV' and np.all(np.abs(bias.astype(float)) < _MOST_LEVELS * step / 4):
             yield name, quantise.bias_levels(bias, step)
 
 
@@ -312,7 +312,10 @@ def _describe(
         for key, child in node.items():
             if not isinstance(key, str):
                 raise ValueError(f'{path}{key!r} is no string: the format has names of strings')
-            encoded = key.encode()
+            try:
+                encoded = key.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f'{path}{key!r} is no Unicode text: rename it') from error
             header += _number(len(encoded)) + encoded
             yield from _describe(child, steps, header, f'{path}{key}/')
     elif isinstance(node, (list, tuple)):

@@ -244,6 +244,7 @@ def nested(depth: int) -> Any:
         (3, {}, 'the tree is a int: the format holds arrays alone'),
         ({'a': np.array(['x'])}, {}, 'a has type <U1: convert it'),
         ({3: np.ones(2)}, {}, '3 is no string'),
+        ({'a': {'\ud800': np.ones(2)}}, {}, r"a/'\\ud800' is no Unicode text: rename it"),
         ({'a': np.zeros((1,) * 33)}, {}, 'a has shape .* takes 32 axes'),
         ({'a': np.zeros((0, 2**40))}, {}, 'a has shape .* each below'),
         (nested(66), {}, 'nested deeper than 64'),
@@ -269,7 +270,9 @@ def test_what_cannot_be_saved_is_refused(
 
 
 @pytest.mark.parametrize('log_sigma2', [-np.inf, -80.0, -60.0, -48.0, 0.0])
-@pytest.mark.parametrize('bias', [np.arange(40), np.float32([0.5, np.nan, np.inf, 2e9] * 10)])
+@pytest.mark.parametrize(
+    'bias', [np.arange(40), np.float32([0.5, np.nan, np.inf, 2e9] * 10), np.float16([0.5] * 40)]
+)
 def test_what_rounding_cannot_change_stays_exact(
     tmp_path: Path, log_sigma2: float, bias: np.ndarray
 ) -> None:
