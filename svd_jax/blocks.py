@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import jax
 from jax import lax
 
-# What one array formed of a block may take. Twice or half as much is as fast.
+# What one array formed of a block may take, channels innermost. Twice or half as much is as fast.
 BYTES = 2**22
 
 
-def size(batch: int, bytes_per_image: int) -> int:
+def size(batch: int, bytes_per_image: int, most_bytes: int) -> int:
     """How many images to take at a time: a divisor of the batch, so that no block is ragged."""
-    most = max(1, min(batch, BYTES // bytes_per_image))
+    most = max(1, min(batch, most_bytes // bytes_per_image))
     return max(n for n in range(1, most + 1) if batch % n == 0)
 
 

@@ -1,23 +1,28 @@
-"""Convolutions of few features on CPUs: the batch innermost, all patches at once.
+"""Convolutions of few features on CPUs: the batch innermost, as many patches as fit in the cache.
 
-The patches are formed once (again for the gradients, where they are too large to keep) and serve
-the mean, the variance and the gradients of both, as matrix products. All of it runs on arrays of
-shape (C, H, W, B): there a patch is made of long contiguous runs, however few the channels. The
-transposes from and to (B, H, W, C) at the ends of each function meet and cancel where one of them
-feeds another.
+The patches are formed once, for the mean, the variance and the gradients of both, as matrix
+products; where they are too many, in a loop over blocks of the batch, and again for the gradients.
+All of it runs on arrays of shape (C, H, W, B): there a patch is made of long contiguous runs,
+however few the channels. The transposes from and to (B, H, W, C) at the ends of each function meet
+and cancel where one of them feeds another.
 """
+
+from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from svd_jax import math, noise
+from svd_jax import blocks, math, noise, winograd
 from svd_jax.wide import Padding
 
-Pair = tuple[jax.Array, jax.Array]
+Arrays = tuple[jax.Array, ...]
 
-# Larger patches are formed again for the gradients: their memory would cost more than their time.
-_MOST_BYTES_KEPT = 2**25
+# What the patches of a block may take.
+_MOST_BYTES = 2**24
+# Images in a block: the runs of fewer are short.
+_FEWEST = 16
 
 # (B, H, W, C) to (C, H, W, B), and back.
 TURN = (3, 1, 2, 0)
@@ -25,7 +30,13 @@ TURN = (3, 1, 2, 0)
 
 def apply(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, padding: Padding) -> jax.Array:
     """The convolution of (B, H, W, C), with a kernel (height, width, C, F) and a bias (F,)."""
-    return _add_bias(_convolve(_channels_first(x, padding), kernel), bias).transpose(TURN)
+    size = _block(x, kernel, padding)
+
+    def convolved(x: jax.Array) -> Arrays:
+        (y,) = _convolve(_channels_first(x, padding), (kernel,), False)
+        return (_add_bias(y, bias).transpose(TURN),)
+
+    return blocks.map(convolved, size, (x,))[0]
 
 
 def sample(
@@ -37,9 +48,27 @@ def sample(
     key: jax.Array,
 ) -> jax.Array:
     """The convolution with a random kernel; see :func:`svd_jax.linear.sample`."""
-    mean, variance = _moments(_channels_first(x, padding), kernel, sigma2)
-    y = math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))
-    return _add_bias(y, bias).transpose(TURN)
+    size = _block(x, kernel, padding)
+    whole = size == len(x)
+
+    def sampled(x: jax.Array, key: jax.Array) -> Arrays:
+        mean, variance = _convolve(_channels_first(x, padding), (kernel, sigma2), whole)
+        y = math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))
+        return (_add_bias(y, bias).transpose(TURN),)
+
+    keys = key[None] if whole else jax.random.split(key, len(x) // size)
+    return blocks.map(sampled, size, (x,), keys)[0]
+
+
+def _block(x: jax.Array, kernel: jax.Array, padding: Padding) -> int:
+    """How many images to take at a time."""
+    height, width, channels, _ = kernel.shape
+    h, w = (n + sum(p) - k + 1 for n, p, k in zip(
+        x.shape[1:3], padding, (height, width), strict=True
+    ))  # fmt: skip
+    bytes_per_image = height * width * channels * h * w * x.dtype.itemsize
+    size = blocks.size(len(x), bytes_per_image, _MOST_BYTES)
+    return size if size >= _FEWEST else len(x)
 
 
 def _channels_first(x: jax.Array, padding: Padding) -> jax.Array:
@@ -89,49 +118,48 @@ def _matrix(kernel: jax.Array) -> jax.Array:
     return kernel.reshape(-1, kernel.shape[-1])
 
 
-def _output_shape(x: jax.Array, kernel: jax.Array) -> tuple[int, ...]:
-    height, width, _, features = kernel.shape
+def _patches_of(x: jax.Array, kernels: Sequence[jax.Array]) -> Arrays:
+    """Of what each kernel multiplies."""
+    return tuple(_patches(p, *kernels[0].shape[:2]) for p in winograd.powers(x, len(kernels)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: jax.Array, kernels: Arrays, keep: bool) -> Arrays:
+    """Outputs (F, h, w, B) of x (C, H, W, B) with the first kernel, and of its squares with the
+    second if there is one. The patches may be kept for the gradients."""
+    return _convolve_fwd(x, kernels, keep)[0]
+
+
+def _convolve_fwd(x: jax.Array, kernels: Arrays, keep: bool) -> tuple[Arrays, tuple]:
+    height, width, _, features = kernels[0].shape
     _, rows, columns, batch = x.shape
-    return features, rows - height + 1, columns - width + 1, batch
-
-
-def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(C, H, W, B) to (F, h, w, B)."""
-    y = _matrix(kernel).T @ _patches(x, *kernel.shape[:2])
-    return y.reshape(_output_shape(x, kernel))
-
-
-@jax.custom_vjp
-def _moments(x: jax.Array, kernel: jax.Array, sigma2: jax.Array) -> Pair:
-    return _convolve(x, kernel), _convolve(x * x, sigma2)
-
-
-def _moments_fwd(x: jax.Array, kernel: jax.Array, sigma2: jax.Array) -> tuple[Pair, tuple]:
-    shape, size = _output_shape(x, kernel), kernel.shape[:2]
-    patches, squares = _patches(x, *size), _patches(x * x, *size)
-    mean = (_matrix(kernel).T @ patches).reshape(shape)
-    variance = (_matrix(sigma2).T @ squares).reshape(shape)
-    kept = (patches, squares) if patches.nbytes <= _MOST_BYTES_KEPT else None
-    return (mean, variance), (x, kept, kernel, sigma2)
-
-
-def _moments_bwd(residuals: tuple, gradients: Pair) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, kept, kernel, sigma2 = residuals
-    size = kernel.shape[:2]
-    patches, squares = kept or (_patches(x, *size), _patches(x * x, *size))
-    of_mean, of_variance = (g.reshape(g.shape[0], -1) for g in gradients)
-    through_mean, through_variance = (
-        _fold(_matrix(weight) @ gradient, x.shape, *size)
-        for weight, gradient in ((kernel, of_mean), (sigma2, of_variance))
+    patches = _patches_of(x, kernels)
+    outputs = tuple(
+        (_matrix(kernel).T @ p).reshape(features, rows - height + 1, columns - width + 1, batch)
+        for kernel, p in zip(kernels, patches, strict=True)
     )
-    return (
-        through_mean + 2 * x * through_variance,
-        (of_mean @ patches.T).T.reshape(kernel.shape),
-        (of_variance @ squares.T).T.reshape(sigma2.shape),
+    return outputs, (x, patches if keep else None, kernels)
+
+
+def _convolve_bwd(keep: bool, residuals: tuple, gradients: Arrays) -> tuple[jax.Array, Arrays]:
+    x, patches, kernels = residuals
+    size = kernels[0].shape[:2]
+    flat = [gradient.reshape(gradient.shape[0], -1) for gradient in gradients]
+    of_x, *of_squares = (
+        _fold(_matrix(kernel) @ gradient, x.shape, *size)
+        for kernel, gradient in zip(kernels, flat, strict=True)
+    )
+    for of_square in of_squares:
+        of_x = of_x + 2 * x * of_square
+    return of_x, tuple(
+        (gradient @ p.T).T.reshape(kernel.shape)
+        for kernel, gradient, p in zip(
+            kernels, flat, patches if keep else _patches_of(x, kernels), strict=True
+        )
     )
 
 
-_moments.defvjp(_moments_fwd, _moments_bwd)
+_convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -62,7 +62,7 @@ def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
         (rows, columns), padding, (height, width), strict=True
     ))  # fmt: skip
     matrices = [kernel.reshape(-1, features) for kernel in kernels]
-    size = blocks.size(batch, h * w * height * width * channels * x.dtype.itemsize)
+    size = blocks.size(batch, h * w * height * width * channels * x.dtype.itemsize, blocks.BYTES)
 
     def outputs(x: jax.Array) -> Arrays:
         powers = winograd.powers(_patches(x, height, width, padding), len(kernels))
@@ -78,7 +78,7 @@ def _of_kernels(x: jax.Array, gradients: Arrays, like: Arrays, padding: Padding)
     """The gradients of the kernels, given those of the outputs."""
     height, width, channels, features = like[0].shape
     batch, h, w, _ = gradients[0].shape
-    size = blocks.size(batch, h * w * height * width * channels * x.dtype.itemsize)
+    size = blocks.size(batch, h * w * height * width * channels * x.dtype.itemsize, blocks.BYTES)
     exact = jnp.promote_types(x.dtype, jnp.float32)  # what sums over blocks are kept in
 
     def products(x: jax.Array, *gradients: jax.Array) -> Arrays:

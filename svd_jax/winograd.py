@@ -174,7 +174,7 @@ def _outputs(x: jax.Array, kernels: list[Grid], tiling: _Tiling) -> Arrays:
 def _in_blocks(tiling: _Tiling, kernel: jax.Array, x: jax.Array) -> int:
     """How many images to take at a time."""
     per_image = 16 * tiling.rows * tiling.columns * max(kernel.shape[2:]) * x.dtype.itemsize
-    return blocks.size(x.shape[0], per_image)
+    return blocks.size(x.shape[0], per_image, blocks.BYTES)
 
 
 def _pull_back(

@@ -16,7 +16,7 @@ pytestmark = [
 
 # Batch, height, width, channels; kernel height and width; features.
 SHAPES = [
-    ((3, 9, 8, 2), (5, 5), 4),
+    ((6, 9, 8, 2), (5, 5), 4),
     ((1, 7, 7, 1), (3, 3), 2),
     ((2, 6, 10, 3), (1, 4), 5),
     ((4, 8, 5, 2), (3, 1), 1),
@@ -246,8 +246,21 @@ def test_padding_is_flax_s_own(size: tuple[int, int], padding, features: int) ->
             lambda x, k, s, p: (winograd.sample(x, k, s, jax.random.key(0), p),),
             jnp.float32,
         ),
+        (SHAPES[0], lambda x, k, s, p: (narrow.apply(x, k, None, p),), jnp.float32),
+        (
+            SHAPES[0],
+            lambda x, k, s, p: (narrow.sample(x, k, s, None, p, jax.random.key(0)),),
+            jnp.float32,
+        ),
     ],
-    ids=['patches', 'patches, bfloat16', 'winograd', 'winograd, sampled'],
+    ids=[
+        'patches',
+        'patches, bfloat16',
+        'winograd',
+        'winograd, sampled',
+        'narrow',
+        'narrow, sampled',
+    ],
 )
 @pytest.mark.parametrize('images', [1, 2, 5])  # in a block at most; of a batch of six
 def test_blocks_of_the_batch_give_what_all_of_it_gives(
@@ -276,6 +289,8 @@ def test_blocks_of_the_batch_give_what_all_of_it_gives(
     else:  # a patch for every output
         bytes_per_image = h * w * kernels[0][..., 0].size * x.dtype.itemsize
     monkeypatch.setattr(blocks, 'BYTES', images * bytes_per_image)
+    monkeypatch.setattr(narrow, '_MOST_BYTES', images * bytes_per_image)
+    monkeypatch.setattr(narrow, '_FEWEST', 1)
     assert str(jax.make_jaxpr(lambda: outputs_and_gradients())()).count('scan[') > 0
     tolerance = 2e-5 if dtype == jnp.float32 else 0.02
     jax.tree.map(
@@ -287,12 +302,23 @@ def test_blocks_of_the_batch_give_what_all_of_it_gives(
     )
 
 
-def test_blocks_draw_different_noise(monkeypatch) -> None:
+@pytest.mark.parametrize('way', [wide, narrow])
+def test_blocks_draw_different_noise(monkeypatch, way) -> None:
     monkeypatch.setattr(blocks, 'BYTES', 1)
+    monkeypatch.setattr(narrow, '_MOST_BYTES', 1)
+    monkeypatch.setattr(narrow, '_FEWEST', 1)
     x, sigma2 = jnp.ones((4, 2, 2, 3)), jnp.ones((3, 3, 3, 64))
-    y = winograd.sample(x, 0 * sigma2, sigma2, jax.random.key(0), ((1, 1), (1, 1)))
+    y = way.sample(x, 0 * sigma2, sigma2, None, ((1, 1), (1, 1)), jax.random.key(0))
     correlations = np.corrcoef(np.reshape(y, (4, -1)))
     assert np.abs(correlations - np.eye(4)).max() < 5 / np.sqrt(y[0].size)
+
+
+@pytest.mark.parametrize(
+    ('batch', 'block'), [(100, 100), (500, 125), (512, 128), (499, 499), (2 * 499, 2 * 499)]
+)
+def test_narrow_blocks_are_neither_large_nor_of_a_few_images(batch: int, block: int) -> None:
+    x, kernel = jnp.zeros((batch, 12, 12, 20)), jnp.zeros((5, 5, 20, 50))  # 128 kB of patches each
+    assert narrow._block(x, kernel, ((0, 0), (0, 0))) == block
 
 
 def test_several_draws_at_once_are_what_each_is_alone(monkeypatch) -> None:
@@ -343,17 +369,19 @@ def test_rounding_is_not_taken_for_a_tiny_variance() -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
 
 
-def test_patches_formed_again_give_the_gradients_of_patches_kept(monkeypatch) -> None:
+def test_patches_formed_again_give_the_gradients_of_patches_kept() -> None:
     _, x, kernel, sigma2, _ = case(SHAPES[0])
-    arguments = [jnp.asarray(a, jnp.float32) for a in (x.transpose(3, 1, 2, 0), kernel, sigma2)]
+    arguments = float32(x.transpose(3, 1, 2, 0), kernel, sigma2)
 
-    def gradients():
-        loss = lambda *a: sum(jnp.sum(jnp.sin(m)) for m in narrow._moments(*a))  # noqa: E731
+    def gradients(keep: bool):
+        def loss(x, *kernels):
+            return sum(jnp.sum(jnp.sin(m)) for m in narrow._convolve(x, kernels, keep))
+
         return jax.grad(loss, argnums=(0, 1, 2))(*arguments)
 
-    kept = gradients()
-    monkeypatch.setattr(narrow, '_MOST_BYTES_KEPT', 0)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), kept, gradients())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), gradients(True), gradients(False)
+    )
 
 
 @pytest.mark.parametrize(
