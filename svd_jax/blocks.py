@@ -11,7 +11,7 @@ BYTES = 2**22
 
 def size(batch: int, bytes_per_image: int, most_bytes: int) -> int:
     """How many images to take at a time: a divisor of the batch, so that no block is ragged."""
-    most = max(1, min(batch, most_bytes // bytes_per_image))
+    most = max(1, min(batch, most_bytes // max(1, bytes_per_image)))
     return max(n for n in range(1, most + 1) if batch % n == 0)
 
 

@@ -153,6 +153,16 @@ def test_sample_has_the_moments_it_should() -> None:
     assert np.all(np.abs(correlations) < 5 / np.sqrt(n))
 
 
+@pytest.mark.parametrize('size', [(3, 3), (1, 2)])
+def test_of_no_channels_the_bias_is_left(size: tuple[int, int]) -> None:
+    layer, *arrays = case(((2, 5, 4, 0), size, 4))
+    x, kernel, sigma2, bias = float32(*arrays)
+    params = {'kernel': kernel, 'bias': bias}
+    y = conv.apply(layer, params, x)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, (2, 6 - size[0], 5 - size[1], 4)))
+    np.testing.assert_array_equal(conv.sample(layer, params, sigma2, x, jax.random.key(0)), y)
+
+
 def test_without_bias() -> None:
     layer, x, kernel, sigma2, _ = case(SHAPES[0])
     layer, arrays = layer.clone(use_bias=False), float32(x, kernel, sigma2)
