@@ -99,6 +99,7 @@ def padding_by_patches(params: Mapping[str, Any], x: Any, kernel: Any) -> wide.P
     ordinary = (
         backend.as_on_cpu()
         and kernel.ndim == 4
+        and jnp.issubdtype(kernel.dtype, jnp.floating)
         and kernel.dtype != jnp.float16
         and params['dimension_numbers'] == _DIMENSIONS
         and _all_ones(params['window_strides'], params['lhs_dilation'], params['rhs_dilation'])

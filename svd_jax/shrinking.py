@@ -171,10 +171,10 @@ def shrink(
     variables, kept = _by_collection(smaller.compact)
     kept = _kept_everywhere(state.params, kept)
     arrays = traverse_util.flatten_dict(variables['params'])
-    before = traverse_util.flatten_dict(state.params)
+    before, places = traverse_util.flatten_dict(state.params), _places(state.params)
     for weight in convention.weights(state.params):
         # Its means and its posteriors, where compact has what is shipped of them.
-        for path in map(_path, _posterior_paths(weight)) if weight.randoms else ():
+        for path in map(places.get, _posterior_paths(weight)) if weight.randoms else ():
             if path in kept:
                 arrays[path] = before[path][np.ix_(*kept[path])]
     params = traverse_util.unflatten_dict(arrays)
@@ -217,8 +217,9 @@ def _by_collection(small: Compact) -> tuple[dict[str, PyTree], dict[Path, Units]
     return small.params, kept
 
 
-def _path(joined: str) -> Path:
-    return tuple(joined.split('/'))
+def _places(params: PyTree) -> dict[str, Path]:
+    """Where every array lies, by its joined path: a name may hold a slash."""
+    return {'/'.join(path): path for path, _ in _leaves(params)}
 
 
 def _posterior_paths(weight: convention.Weight) -> Iterator[str]:
@@ -231,9 +232,9 @@ def _posterior_paths(weight: convention.Weight) -> Iterator[str]:
 
 def _kept_everywhere(params: PyTree, kept: Mapping[Path, Units]) -> dict[Path, Units]:
     """Which entries are kept of posteriors and scales too: as of their weights."""
-    found = dict(kept)
+    found, places = dict(kept), _places(params)
     for weight in convention.weights(params):
-        units = kept.get(_path(weight.path))
+        units = kept.get(places[weight.path])
         if units is None:
             continue
         for random in weight.randoms:
@@ -241,7 +242,7 @@ def _kept_everywhere(params: PyTree, kept: Mapping[Path, Units]) -> dict[Path, U
                 whole if size == len(whole) else np.ones(1, bool)
                 for size, whole in zip(random.location.shape, units, strict=True)
             )
-            path = _path(random.path)
+            path = places[random.path]
             if not all(map(np.array_equal, found.get(path, own), own)):
                 raise ValueError(
                     f'layers that share {random.path} keep different units of it: leave these '

@@ -441,6 +441,24 @@ def test_other_ranks_are_left_to_xla(kernel_size) -> None:
     assert not conv.by_patches(plane, jnp.ones((5, 5, 2)))
 
 
+@pytest.mark.parametrize('dtype', [jnp.int8, jnp.int32])
+def test_integers_stay_integers(dtype) -> None:
+    class Neighbours(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            ones, dimensions = jnp.ones((3, 3, 1, 20), dtype), ('NHWC', 'HWIO', 'NHWC')
+            counts = jax.lax.conv_general_dilated(
+                (x > 0).astype(dtype), ones, (1, 1), 'SAME', dimension_numbers=dimensions
+            )
+            return nn.Dense(2)((counts & 1).astype(jnp.float32).reshape(len(x), -1))
+
+    model, x = Neighbours(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 1)))
+    params = svd.variational(model.init(jax.random.key(0), x)['params'], log_sigma2_init=-40.0)
+    y, _ = svd.apply(model, {'params': params}, x, rngs={'noise': jax.random.key(1)})
+    wanted = model.apply({'params': svd.sparsify(params)}, x)
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('shape', [(3, 4, 6, 2), (1, 2, 2, 1), (2, 10, 2, 5), (2, 4, 2, 64)])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_max_pool_is_flaxs_with_its_gradient(shape, dtype) -> None:

@@ -393,3 +393,28 @@ def test_without_collections_nothing_is_mutable(started: Any) -> None:
     smaller, small, *_ = svd.shrink(model, state, tx, x, threshold=THRESHOLD)
     with pytest.raises(ValueError, match='leave mutable out'):
         smaller.apply(small.variables, x, mutable=['batch_stats'])
+
+
+class Slashed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(3, name='b')(nn.relu(nn.Dense(6, name='enc/a')(x)))
+
+
+def test_names_with_a_slash_keep_their_posteriors() -> None:
+    model, x, tx = Slashed(), jnp.ones((2, 4)), optax.adam(1e-2)
+    params = model.init(jax.random.key(0), x)['params']
+    params = svd.variational(params, groups={'^b': 'inputs'})
+    scales = params['b']['groups']['inputs']
+    scales['log_sigma2'] = scales['log_sigma2'].at[:2].set(6.0)
+    state = svd.TrainState.create({'params': params}, tx)
+    shrunk = svd.shrink(model, state, tx, x)
+    left = shrunk.state.params
+    np.testing.assert_array_equal(left['enc/a']['log_sigma2'], params['enc/a']['log_sigma2'][:, 2:])
+    np.testing.assert_array_equal(left['enc/a']['kernel'], params['enc/a']['kernel'][:, 2:])
+    whole = shrunk.expand(shrunk.state).params
+    np.testing.assert_allclose(
+        model.apply({'params': svd.sparsify(whole)}, x),
+        model.apply({'params': svd.sparsify(params)}, x),
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
