@@ -265,7 +265,7 @@ def code_array(
         return arrays.exact(coder, array, leaf.shape, leaf.dtype)
     result = np.zeros(leaf.shape, leaf.dtype)
     mask, entries = arrays.quantised(coder, levels, leaf.shape)
-    result[mask] = (entries.astype(np.float32) * np.float32(leaf.step)).astype(leaf.dtype)
+    result[mask] = quantise.values(entries, leaf.step, leaf.dtype)
     return result
 
 
@@ -274,12 +274,22 @@ def code_array(
 
 def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[str, Any]]:
     """Step and levels of every array that is quantised, by path."""
+    for path, dtype, code, levels in _rounded(params, sparse, tolerance):
+        # Next to its type's largest number, a value may be rounded beyond it.
+        if np.all(np.isfinite(quantise.values(levels, quantise.step(code), dtype))):
+            yield path, (code, levels)
+
+
+def _rounded(
+    params: PyTree, sparse: PyTree, tolerance: float
+) -> Iterator[tuple[str, np.dtype, int, np.ndarray]]:
+    """Path, type, step and levels of every array that may be quantised."""
     kept = {weight.path: np.asarray(weight.values) for weight in convention.weights(sparse)}
     siblings = convention.by_path(sparse)
     for weight in convention.weights(params):
         if not weight.randoms:
             continue
-        values = kept[weight.path].astype(np.float32)
+        values = kept[weight.path]
         sigma = np.asarray(weight.deviation())
         used = sigma[values != 0]
         if not used.size:
@@ -290,22 +300,23 @@ def _steps(params: PyTree, sparse: PyTree, tolerance: float) -> Iterator[tuple[s
             continue  # no error is small beside no noise
         code = quantise.step_code(quantise.step_size(used, tolerance))
         step = quantise.step(code)
-        if np.max(np.abs(values)) < _MOST_LEVELS * step:
-            yield weight.path, (code, quantise.levels(values, sigma, step, tolerance))
+        if np.max(np.abs(values.astype(float))) < _MOST_LEVELS * step:
+            levels = quantise.levels(values, sigma, step, tolerance)
+            yield weight.path, values.dtype, code, levels
         name = f'{weight.path.rpartition("/")[0]}/bias'.removeprefix('/')
         bias = np.asarray(siblings.get(name, np.zeros(0, bool)))
         if bias.dtype.kind in 'fV' and np.all(np.abs(bias.astype(float)) < _MOST_LEVELS * step / 4):
-            yield name, quantise.bias_levels(bias, step)
+            yield name, bias.dtype, *quantise.bias_levels(bias, step)
 
 
 # The header.
 
 
 def _describe(
-    node: Any, steps: Mapping[str, Any], header: bytearray, path: str = ''
+    node: Any, steps: Mapping[str, Any], header: bytearray, path: str = '', depth: int = 0
 ) -> Iterator[tuple[Leaf, np.ndarray, np.ndarray | None]]:
     """Appends the description of a tree to the header, and gives its arrays in order."""
-    if path.count('/') > _DEEPEST:
+    if depth > _DEEPEST:
         raise ValueError(f'{path} is nested deeper than {_DEEPEST}, which is all the format takes')
     if isinstance(node, Mapping):
         header += bytes([_DICT]) + _number(len(node))
@@ -317,11 +328,11 @@ def _describe(
             except UnicodeEncodeError as error:
                 raise ValueError(f'{path}{key!r} is no Unicode text: rename it') from error
             header += _number(len(encoded)) + encoded
-            yield from _describe(child, steps, header, f'{path}{key}/')
+            yield from _describe(child, steps, header, f'{path}{key}/', depth + 1)
     elif isinstance(node, (list, tuple)):
         header += bytes([_LIST if isinstance(node, list) else _TUPLE]) + _number(len(node))
         for index, child in enumerate(node):
-            yield from _describe(child, steps, header, f'{path}{index}/')
+            yield from _describe(child, steps, header, f'{path}{index}/', depth + 1)
     else:
         name = path.removesuffix('/') or 'the tree'
         if not isinstance(node, (np.ndarray, np.generic, jax.Array)):

@@ -40,6 +40,7 @@ def step_size(sigma: np.ndarray, tolerance: float) -> float:
 
 def step_code(size: float) -> int:
     """The number of the step next to a size: four steps double it."""
+    size = min(size, step(255))
     exponent = math.floor(math.log2(size))
     code = 4 * (exponent + _SMALLEST) + round(4 * (size / 2.0**exponent - 1))
     return min(max(code, 0), 255)
@@ -48,6 +49,13 @@ def step_code(size: float) -> int:
 def step(code: int) -> float:
     """The step of a number from 0 to 255: ``(4 + code % 4) * 2^(code // 4 - 42)``."""
     return (4 + code % 4) * 2.0 ** (code // 4 - _SMALLEST - 2)
+
+
+def values(levels: np.ndarray, step: float, dtype: np.dtype) -> np.ndarray:
+    """What the multiples of a step are, in this type; infinite beyond its largest number."""
+    exact = np.promote_types(dtype, np.float32)
+    with np.errstate(over='ignore'):
+        return (levels.astype(exact) * exact.type(step)).astype(dtype)
 
 
 def levels(weights: np.ndarray, sigma: np.ndarray, step: float, tolerance: float) -> np.ndarray:
@@ -66,7 +74,7 @@ def levels(weights: np.ndarray, sigma: np.ndarray, step: float, tolerance: float
     kept = np.nonzero(matrix)
     exact = matrix[kept].astype(np.float64) / step
     spread = sigma.reshape(matrix.shape)[kept].astype(np.float64)
-    price = np.square(_CAUTION * step / (tolerance * spread)) / 2
+    price = np.square(_CAUTION * (step / tolerance) / spread) / 2
     nearest = np.rint(exact)
     nearest = np.where(nearest == 0, np.copysign(1, exact), nearest)
     choices = np.stack([nearest, nearest - np.sign(nearest), np.zeros_like(nearest)])

@@ -171,7 +171,7 @@ def shrink(
     variables, kept = _by_collection(smaller.compact)
     kept = _kept_everywhere(state.params, kept)
     arrays = traverse_util.flatten_dict(variables['params'])
-    before, places = traverse_util.flatten_dict(state.params), _places(state.params)
+    before, places = dict(_leaves(state.params)), _places(state.params)
     for weight in convention.weights(state.params):
         # Its means and its posteriors, where compact has what is shipped of them.
         for path in map(places.get, _posterior_paths(weight)) if weight.randoms else ():

@@ -288,6 +288,41 @@ def test_what_rounding_cannot_change_stays_exact(
     assert (rounding == 0) == (log_sigma2 < -40)
 
 
+def test_what_is_next_to_the_largest_number_of_its_type_stays_finite(tmp_path: Path) -> None:
+    kernel = np.random.default_rng(0).normal(size=(60, 40)).astype(np.float16)
+    kernel[0, :2] = 65504, -65504
+    bias = np.full(40, 65504, np.float16)
+    tree = {'kernel': kernel, 'log_sigma2': np.full_like(kernel, 8.0), 'bias': bias}
+    for tolerance in (0.05, 0.1, 0.15, 0.2, 0.3):
+        svd.save(tmp_path / 'a.svd', tree, tolerance=tolerance, threshold=100.0)
+        for name, array in svd.load(tmp_path / 'a.svd').items():
+            np.testing.assert_allclose(
+                array.astype(float), tree[name].astype(float), atol=3 * tolerance * np.exp(4.0)
+            )
+
+
+def test_double_precision_is_rounded_no_more_than_asked(tmp_path: Path) -> None:
+    kernel = np.random.default_rng(0).normal(size=(60, 40))
+    with jax.enable_x64(True):
+        tree = {'kernel': kernel, 'log_sigma2': np.full_like(kernel, -40.0)}
+        svd.save(tmp_path / 'a.svd', tree, tolerance=0.5)
+    found = svd.load(tmp_path / 'a.svd')['kernel']
+    assert found.dtype == np.float64
+    assert 0 < np.max(np.abs(found - kernel)) < np.exp(-20.0)
+
+
+def test_any_tolerance_may_be_asked_for(tmp_path: Path) -> None:
+    tree = {**variational()['layer'], 'log_sigma2': np.full((60, 40), 4.0)}
+    svd.save(tmp_path / 'a.svd', tree, tolerance=1.7e308, threshold=100.0)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(svd.load(tmp_path / 'a.svd')))
+
+
+def test_slashes_in_names_are_no_depth(tmp_path: Path) -> None:
+    tree = {'/'.join('a' * 100): np.ones(1)}
+    svd.save(tmp_path / 'a.svd', tree)
+    assert list(svd.load(tmp_path / 'a.svd')) == list(tree)
+
+
 @pytest.mark.parametrize('depth', [64, 65])
 def test_every_depth_that_is_saved_is_loaded(tmp_path: Path, depth: int) -> None:
     if depth > file._DEEPEST:

@@ -418,3 +418,31 @@ def test_names_with_a_slash_keep_their_posteriors() -> None:
         model.apply({'params': svd.sparsify(params)}, x),
         rtol=1e-5, atol=1e-6,
     )  # fmt: skip
+
+
+def numbered(variables: Any, x: jax.Array) -> jax.Array:
+    first, second = (variables['params'][i] for i in (0, 1))
+    x = nn.relu(x @ first['kernel'] + first['bias'][None])
+    return x @ second['kernel'] + second['bias'][None]
+
+
+@pytest.mark.parametrize('tree', [list, tuple, lambda layers: dict(enumerate(layers))])
+def test_layers_may_be_numbered(tree: Any) -> None:
+    rng, x = np.random.default_rng(0), jnp.ones((2, 4))
+    kernels = [np.float32(rng.normal(size=size)) for size in ((4, 6), (6, 3))]
+    kernels[0][:, :2] = 0
+    layers = [{'kernel': kernel, 'bias': np.zeros(kernel.shape[1])} for kernel in kernels]
+    params = svd.variational(tree(layers))
+    tx = optax.adam(1e-2)
+    state = svd.TrainState.create({'params': params}, tx)
+    shrunk = svd.shrink(numbered, state, tx, x)
+    whole = shrunk.expand(shrunk.state).params
+    assert jax.tree.structure(whole) == jax.tree.structure(params)
+    for name in ('kernel', 'log_sigma2'):
+        left = shrunk.state.params['0'][name]
+        np.testing.assert_array_equal(left, params[0][name][:, 2:])
+        np.testing.assert_array_equal(whole[0][name][:, 2:], left)
+    np.testing.assert_allclose(
+        numbered({'params': svd.sparsify(whole)}, x),
+        numbered({'params': svd.sparsify(params)}, x), rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
