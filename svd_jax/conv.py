@@ -4,7 +4,7 @@ XLA's convolutions are slow on a CPU, their gradients slower, and slower still i
 ordinary two-dimensional convolution is computed here as matrix products instead: with the channels
 innermost where they are many or Winograd's algorithm has few products (:mod:`svd_jax.wide`), else
 with the batch innermost (:mod:`svd_jax.narrow`). XLA's own would do for a few channels and large
-images, but not in a loop, where it takes ten times as long.
+images, but not in a loop, where it takes ten times as long or more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ from flax.linen.linear import canonicalize_padding
 from jax import lax
 
 from svd_jax import backend, narrow, wide, winograd
+from svd_jax.windows import Padding
 
 Params = Mapping[str, jax.Array]
 
@@ -56,7 +57,7 @@ def way(x: jax.Array, kernel: jax.Array) -> Any:
     return wide if kernel.shape[-1] >= _ENOUGH or bytes_of_patches > _MOST_BYTES else narrow
 
 
-def _padding(layer: Any, x: jax.Array) -> wide.Padding | None:
+def _padding(layer: Any, x: jax.Array) -> Padding | None:
     """The zeros around the image that make the layer's convolution a VALID one, if there are such.
 
     And if an image, with those, holds the kernel. The gradient with respect to the input needs
@@ -72,9 +73,7 @@ def _padding(layer: Any, x: jax.Array) -> wide.Padding | None:
     return _within(padding, layer.kernel_size, x)
 
 
-def _within(
-    padding: Sequence[Sequence[int]], size: Sequence[int], x: jax.Array
-) -> wide.Padding | None:
+def _within(padding: Sequence[Sequence[int]], size: Sequence[int], x: jax.Array) -> Padding | None:
     height, width = ((low, high) for low, high in padding)
     within = all(
         0 <= low < n and 0 <= high < n and low + pixels + high >= n
@@ -87,7 +86,7 @@ def _within(
 _DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
-def padding_by_patches(params: Mapping[str, Any], x: Any, kernel: Any) -> wide.Padding | None:
+def padding_by_patches(params: Mapping[str, Any], x: Any, kernel: Any) -> Padding | None:
     """The zeros around the image of a ``conv_general_dilated`` that this backend computes faster
     here, with ``way(x, kernel)``; None if it doesn't.
 

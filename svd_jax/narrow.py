@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from svd_jax import blocks, math, noise, winograd
-from svd_jax.wide import Padding
+from svd_jax import blocks, math, noise, windows, winograd
+from svd_jax.windows import Padding
 
 Arrays = tuple[jax.Array, ...]
 
@@ -56,18 +56,12 @@ def sample(
         y = math.reparameterise(mean, variance, noise.standard_normal(key, mean.shape))
         return (_add_bias(y, bias).transpose(TURN),)
 
-    keys = key[None] if whole else jax.random.split(key, len(x) // size)
-    return blocks.map(sampled, size, (x,), keys)[0]
+    return blocks.map(sampled, size, (x,), key)[0]
 
 
 def _block(x: jax.Array, kernel: jax.Array, padding: Padding) -> int:
     """How many images to take at a time."""
-    height, width, channels, _ = kernel.shape
-    h, w = (n + sum(p) - k + 1 for n, p, k in zip(
-        x.shape[1:3], padding, (height, width), strict=True
-    ))  # fmt: skip
-    bytes_per_image = height * width * channels * h * w * x.dtype.itemsize
-    size = blocks.size(len(x), bytes_per_image, _MOST_BYTES)
+    size = blocks.size(len(x), windows.nbytes(x, kernel, padding), _MOST_BYTES)
     return size if size >= _FEWEST else len(x)
 
 

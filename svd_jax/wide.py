@@ -10,12 +10,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from svd_jax import blocks, math, noise, winograd
+from svd_jax import blocks, math, noise, windows, winograd
+from svd_jax.windows import Padding
 
-# Zeros around the image: top and bottom, left and right.
-Padding = winograd.Padding
 Arrays = tuple[jax.Array, ...]
 
 
@@ -46,57 +44,54 @@ def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     return y if bias is None else y + bias[None, None, None]
 
 
-def _patches(x: jax.Array, height: int, width: int, padding: Padding) -> jax.Array:
+def _block(x: jax.Array, kernel: jax.Array, padding: Padding) -> int:
+    """How many images to take at a time."""
+    return blocks.size(len(x), windows.nbytes(x, kernel, padding), blocks.BYTES)
+
+
+def _patches(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     """(B, H, W, C) to (B * h * w, height * width * C): a row for every output."""
+    height, width, channels, _ = kernel.shape
+    h, w = windows.outputs(x.shape[1:3], (height, width), padding)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    h, w = x.shape[1] - height + 1, x.shape[2] - width + 1
-    windows = [x[:, i : i + h, j : j + w] for i in range(height) for j in range(width)]
-    return jnp.concatenate(windows, -1).reshape(x.shape[0] * h * w, -1)
+    shifted = [x[:, i : i + h, j : j + w] for i in range(height) for j in range(width)]
+    return jnp.concatenate(shifted, -1).reshape(len(x) * h * w, height * width * channels)
+
+
+def _matrix(kernel: jax.Array) -> jax.Array:
+    """(height, width, C, F) to (height * width * C, F)."""
+    height, width, channels, features = kernel.shape
+    return kernel.reshape(height * width * channels, features)
 
 
 def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
     """Outputs of x with the first kernel, and of its squares with the second if there is one."""
-    height, width, channels, features = kernels[0].shape
-    batch, rows, columns, _ = x.shape
-    h, w = (n + sum(p) - k + 1 for n, p, k in zip(
-        (rows, columns), padding, (height, width), strict=True
-    ))  # fmt: skip
-    matrices = [kernel.reshape(-1, features) for kernel in kernels]
-    size = blocks.size(batch, h * w * height * width * channels * x.dtype.itemsize, blocks.BYTES)
+    kernel = kernels[0]
+    shape = *windows.outputs(x.shape[1:3], kernel.shape[:2], padding), kernel.shape[-1]
 
     def outputs(x: jax.Array) -> Arrays:
-        powers = winograd.powers(_patches(x, height, width, padding), len(kernels))
+        powers = winograd.powers(_patches(x, kernel, padding), len(kernels))
         return tuple(
-            (power @ matrix).reshape(-1, h, w, features)
-            for power, matrix in zip(powers, matrices, strict=True)
+            (power @ _matrix(kernel)).reshape(len(x), *shape)
+            for power, kernel in zip(powers, kernels, strict=True)
         )
 
-    return blocks.map(outputs, size, (x,))
+    return blocks.map(outputs, _block(x, kernel, padding), (x,))
 
 
 def _of_kernels(x: jax.Array, gradients: Arrays, like: Arrays, padding: Padding) -> Arrays:
     """The gradients of the kernels, given those of the outputs."""
-    height, width, channels, features = like[0].shape
-    batch, h, w, _ = gradients[0].shape
-    size = blocks.size(batch, h * w * height * width * channels * x.dtype.itemsize, blocks.BYTES)
     exact = jnp.promote_types(x.dtype, jnp.float32)  # what sums over blocks are kept in
 
-    def products(x: jax.Array, *gradients: jax.Array) -> Arrays:
-        powers = winograd.powers(_patches(x, height, width, padding), len(gradients))
-        return tuple(
-            jnp.matmul(power.T, gradient.reshape(-1, features), preferred_element_type=exact)
+    def products(x: jax.Array, *gradients: jax.Array) -> tuple[Arrays, Arrays]:
+        powers = winograd.powers(_patches(x, like[0], padding), len(gradients))
+        return (), tuple(
+            jnp.matmul(power.T, gradient.reshape(len(power), -1), preferred_element_type=exact)
             for power, gradient in zip(powers, gradients, strict=True)
         )
 
-    if size == batch:
-        totals = products(x, *gradients)
-    else:
-        zeros = tuple(jnp.zeros((height * width * channels, features), exact) for _ in like)
-        totals, _ = lax.scan(
-            lambda totals, block: (jax.tree.map(jnp.add, totals, products(*block)), None),
-            zeros,
-            blocks.split(size, [x, *gradients]),
-        )
+    size = _block(x, like[0], padding)
+    _, totals = blocks.map_and_sum(products, size, (x, *gradients))
     return tuple(
         total.reshape(kernel.shape).astype(kernel.dtype)
         for total, kernel in zip(totals, like, strict=True)

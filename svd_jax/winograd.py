@@ -14,11 +14,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from svd_jax import blocks, math, noise
+from svd_jax import blocks, math, noise, windows
+from svd_jax.windows import Padding
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
 Arrays = tuple[jax.Array, ...]
 Grid = list[Arrays]  # of arrays: what stands at each place of a tile, for all tiles
 Transform = Callable[..., Arrays]
@@ -82,7 +81,7 @@ class _Tiling:
 
     def __init__(self, shape: tuple[int, ...], padding: Padding) -> None:
         self.image, self._padding = shape[1:3], padding
-        self.outputs = tuple(n + sum(p) - 2 for n, p in zip(self.image, padding, strict=True))
+        self.outputs = windows.outputs(self.image, (3, 3), padding)
         self.rows, self.columns = (-(-n // 2) for n in self.outputs)
 
     def inputs(self, x: jax.Array) -> Grid:
@@ -152,8 +151,8 @@ def _interleaved(grid: Grid) -> jax.Array:
 
 
 def suits(kernel: jax.Array) -> bool:
-    """Whether a kernel is of the size for this, and its type precise enough."""
-    return kernel.shape[:2] == (3, 3) and kernel.dtype.itemsize >= 4
+    """Whether a kernel is of the size for this, not empty, and its type precise enough."""
+    return kernel.shape[:2] == (3, 3) and kernel.size > 0 and kernel.dtype.itemsize >= 4
 
 
 def powers(x: jax.Array, count: int) -> Arrays:
@@ -193,11 +192,11 @@ def _pull_back(
       given: arrays (B, h, w, F).
       gradients_of: from a block of those to the gradients of the outputs of every kernel.
     """
-    tiling, batch = _Tiling(x.shape, padding), x.shape[0]
+    tiling = _Tiling(x.shape, padding)
     transformed = [_transposed(_transformed_kernel(kernel)) for kernel in kernels]
     size = _in_blocks(tiling, kernels[0], x)
 
-    def of_block(x: jax.Array, *given: jax.Array) -> tuple[jax.Array, list[Grid]]:
+    def of_block(x: jax.Array, *given: jax.Array) -> tuple[Arrays, list[Grid]]:
         of_powers, of_kernels = [], []
         for power, kernel, gradient in zip(
             powers(x, len(kernels)), transformed, gradients_of(*given), strict=True
@@ -210,19 +209,9 @@ def _pull_back(
         of_x, *of_squares = of_powers
         for of_square in of_squares:
             of_x = of_x + 2 * x * of_square
-        return of_x, of_kernels
+        return (of_x,), of_kernels
 
-    if size == batch:
-        of_x, of_kernels = of_block(x, *given)
-    else:
-        zeros = [jax.tree.map(lambda matrix: jnp.zeros_like(matrix.T), t) for t in transformed]
-
-        def add_block(sums: list[Grid], block: Arrays) -> tuple[list[Grid], jax.Array]:
-            of_x, of_kernels = of_block(*block)
-            return jax.tree.map(jnp.add, sums, of_kernels), of_x
-
-        of_kernels, of_x = lax.scan(add_block, zeros, blocks.split(size, [x, *given]))
-        of_x = of_x.reshape(x.shape)
+    (of_x,), of_kernels = blocks.map_and_sum(of_block, size, (x, *given))
     return of_x, tuple(
         jnp.stack([jnp.stack(row) for row in _both_axes(_of_kernels_transposed, grid)])
         for grid in of_kernels
@@ -298,8 +287,7 @@ def _sample_fwd(
         )
         return y, *of_variance(jnp.ones_like(y))
 
-    keys = jax.random.split(key, x.shape[0] // size) if size < x.shape[0] else key[None]
-    y, slope = blocks.map(sampled, size, (x,), keys)
+    y, slope = blocks.map(sampled, size, (x,), key)
     return y, (x, kernel, sigma2, slope)
 
 

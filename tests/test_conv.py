@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import svd_jax as svd
 from svd_jax import blocks, conv, narrow, noise, wide, winograd
@@ -153,13 +155,14 @@ def test_sample_has_the_moments_it_should() -> None:
     assert np.all(np.abs(correlations) < 5 / np.sqrt(n))
 
 
+@pytest.mark.parametrize('features', [4, 64])
 @pytest.mark.parametrize('size', [(3, 3), (1, 2)])
-def test_of_no_channels_the_bias_is_left(size: tuple[int, int]) -> None:
-    layer, *arrays = case(((2, 5, 4, 0), size, 4))
+def test_of_no_channels_the_bias_is_left(size: tuple[int, int], features: int) -> None:
+    layer, *arrays = case(((2, 5, 4, 0), size, features))
     x, kernel, sigma2, bias = float32(*arrays)
     params = {'kernel': kernel, 'bias': bias}
     y = conv.apply(layer, params, x)
-    np.testing.assert_array_equal(y, np.broadcast_to(bias, (2, 6 - size[0], 5 - size[1], 4)))
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, (2, 6 - size[0], 5 - size[1], features)))
     np.testing.assert_array_equal(conv.sample(layer, params, sigma2, x, jax.random.key(0)), y)
 
 
@@ -248,8 +251,8 @@ def test_padding_is_flax_s_own(size: tuple[int, int], padding, features: int) ->
 @pytest.mark.parametrize(
     ('shape', 'convolve', 'dtype'),
     [
-        (SHAPES[-2], lambda x, k, s, p: wide._convolve(x, (k, s), p), jnp.float32),
-        (SHAPES[-2], lambda x, k, s, p: wide._convolve(x, (k, s), p), jnp.bfloat16),
+        (SHAPES[-3], lambda x, k, s, p: wide._convolve(x, (k, s), p), jnp.float32),
+        (SHAPES[-3], lambda x, k, s, p: wide._convolve(x, (k, s), p), jnp.bfloat16),
         (SHAPES[-1], lambda x, k, s, p: (winograd.convolve(x, k, p),), jnp.float32),
         (
             SHAPES[-1],
@@ -272,7 +275,7 @@ def test_padding_is_flax_s_own(size: tuple[int, int], padding, features: int) ->
         'narrow, sampled',
     ],
 )
-@pytest.mark.parametrize('images', [1, 2, 5])  # in a block at most; of a batch of six
+@pytest.mark.parametrize('images', [1, 3, 4])  # in a block; of a batch of six
 def test_blocks_of_the_batch_give_what_all_of_it_gives(
     monkeypatch, images, shape, convolve, dtype
 ) -> None:
@@ -293,13 +296,7 @@ def test_blocks_of_the_batch_give_what_all_of_it_gives(
     at_once = outputs_and_gradients()
     loops = str(jax.make_jaxpr(lambda: outputs_and_gradients())()).count('scan[')
     assert loops == 0
-    _, h, w, features = cotangents[0].shape
-    if shape == SHAPES[-1]:  # tiles of 2x2 outputs, of sixteen inputs
-        bytes_per_image = -(-h // 2) * -(-w // 2) * 16 * features * x.dtype.itemsize
-    else:  # a patch for every output
-        bytes_per_image = h * w * kernels[0][..., 0].size * x.dtype.itemsize
-    monkeypatch.setattr(blocks, 'BYTES', images * bytes_per_image)
-    monkeypatch.setattr(narrow, '_MOST_BYTES', images * bytes_per_image)
+    monkeypatch.setattr(blocks, 'size', lambda *_: images)
     monkeypatch.setattr(narrow, '_FEWEST', 1)
     assert str(jax.make_jaxpr(lambda: outputs_and_gradients())()).count('scan[') > 0
     tolerance = 2e-5 if dtype == jnp.float32 else 0.02
@@ -310,6 +307,19 @@ def test_blocks_of_the_batch_give_what_all_of_it_gives(
         outputs_and_gradients(),
         at_once,
     )
+
+
+@given(
+    batch=st.integers(1, 2000), bytes_per_image=st.integers(1, 10**6), most=st.integers(1, 10**7)
+)
+def test_blocks_are_as_large_as_they_may_be_and_nearly_all_of_images(
+    batch: int, bytes_per_image: int, most: int
+) -> None:
+    size = blocks.size(batch, bytes_per_image, most)
+    assert size == 1 or size * bytes_per_image <= most
+    assert size == batch or 2 * (size + 1) * bytes_per_image > most
+    count = -(-batch // size)
+    assert 0 <= count * size - batch < count
 
 
 @pytest.mark.parametrize('way', [wide, narrow])
@@ -324,7 +334,7 @@ def test_blocks_draw_different_noise(monkeypatch, way) -> None:
 
 
 @pytest.mark.parametrize(
-    ('batch', 'block'), [(100, 100), (500, 125), (512, 128), (499, 499), (2 * 499, 2 * 499)]
+    ('batch', 'block'), [(3, 3), (100, 100), (500, 125), (512, 128), (499, 125), (2 * 499, 125)]
 )
 def test_narrow_blocks_are_neither_large_nor_of_a_few_images(batch: int, block: int) -> None:
     x, kernel = jnp.zeros((batch, 12, 12, 20)), jnp.zeros((5, 5, 20, 50))  # 128 kB of patches each
