@@ -23,7 +23,7 @@ from svd_jax import network, table
 from svd_jax.network import Path
 from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
 from svd_jax.rules import RULES, Fixed, Rule, Units, Use, View, everything
-from svd_jax.sizes import Resized, outline
+from svd_jax.sizes import Resized, outline, trace_as_many
 from svd_jax.tree import PerPath
 
 PyTree = Any
@@ -362,7 +362,7 @@ class _Runner:
 
     def __call__(self, params: PyTree, *inputs: Any) -> Any:
         # Traced again, for the sizes of these inputs: of the weights, only their shapes are needed.
-        program = trace(self._function, self._tree, *inputs)
+        program = trace_as_many(self._function, self._tree, *inputs)
         if outline(program) != self._outline:
             raise ValueError(
                 'the model does something else for inputs of this shape than for the example: '
@@ -430,7 +430,7 @@ class _Analysis:
     ) -> None:
         self._function, self._tree, self._same_shapes = function, tree, same_shapes
         self._keep_read = same_shapes or keep_read
-        program = self._program = trace(function, tree, *example)
+        program = self._program = trace_as_many(function, tree, *example)
         self._makers = {n: e for e in program.equations for n in e.outputs}
         leaves = jax.tree.leaves(tree)
         self._weights = program.inputs[: len(leaves)]

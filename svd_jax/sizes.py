@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svd_jax.program import Constant, Equation, Program, evaluate, trace
+from svd_jax.program import Constant, Equation, Operand, Program, evaluate, trace
 
 # Of every input, the axes that are to be of another size.
 Axes = tuple[frozenset[int], ...]
@@ -137,6 +137,86 @@ class Resized:
         return name.startswith(('reduce_', 'arg')) and bool(axes[0] & set(params.get('axes', ())))
 
 
+def trace_as_many(function: Callable[..., Any], tree: Any, *inputs: Any) -> Program:
+    """The program for a tree and inputs, of the same equations for one example as for many.
+
+    JAX leaves out a broadcast to the shape that there is already, such as that of a class token to
+    a batch of one.
+    """
+    program = trace(function, tree, *inputs)
+    if _batch(jax.tree.leaves(inputs)) != 1:
+        return program
+    many = _traced(function, tree, *_twice(inputs))
+    return (many and _with_broadcasts_of(many, program)) or program
+
+
+def _with_broadcasts_of(many: Program, one: Program) -> Program | None:
+    """The program of one example with every broadcast of that of many; None if more differs."""
+    if len(many.constants) != len(one.constants):
+        return None
+    numbers: dict[int, Operand] = dict(
+        zip((*many.inputs, *many.constants), (*one.inputs, *one.constants), strict=True)
+    )
+    shapes = {n: one.shapes[own] for n, own in numbers.items() if isinstance(own, int)}
+    equations, rest = [], list(reversed(one.equations))
+
+    def own(operand: Operand) -> Operand:
+        return operand if isinstance(operand, Constant) else numbers[operand]
+
+    for equation in many.equations:
+        operands = list(map(own, equation.inputs))
+        if rest and _alike(equation, many, operands, rest[-1], one):
+            found = rest.pop()
+            operands = [
+                theirs if isinstance(theirs, int) else ours
+                for theirs, ours in zip(equation.inputs, found.inputs, strict=True)
+            ]
+            equations.append(found._replace(inputs=tuple(operands), outputs=equation.outputs))
+            for number, ours in zip(equation.outputs, found.outputs, strict=True):
+                numbers[number], shapes[number] = ours, one.shapes[ours]
+        elif equation.primitive.name == 'broadcast_in_dim' and isinstance(operands[0], int):
+            (output,), like = equation.outputs, one.shapes[operands[0]]
+            if not _same_but_batch(many.shapes[output], like):
+                return None
+            params = {**equation.params, 'shape': like.shape}
+            equations.append(equation._replace(params=params))
+            numbers[output], shapes[output] = operands[0], like
+        else:
+            return None
+    if rest or list(map(own, many.outputs)) != list(one.outputs):
+        return None
+    constants = dict(zip(many.constants, one.constants.values(), strict=True))
+    return many._replace(
+        constants=constants, equations=tuple(equations), shapes=shapes, tree=one.tree
+    )
+
+
+def _alike(
+    equation: Equation, many: Program, operands: Sequence[Operand], other: Equation, one: Program
+) -> bool:
+    """Whether an equation for many examples is this one, of these operands, for one example."""
+
+    return (
+        equation.primitive is other.primitive
+        and len(operands) == len(other.inputs)
+        and all(
+            a == b if isinstance(a, int) else isinstance(b, Constant)
+            for a, b in zip(operands, other.inputs, strict=True)
+        )
+        and all(
+            _same_but_batch(many.shapes[theirs], one.shapes[ours])
+            for theirs, ours in zip(equation.outputs, other.outputs, strict=True)
+        )
+    )
+
+
+def _same_but_batch(many: Any, one: Any) -> bool:
+    """Whether a value for twice as many examples has the shape of that for one."""
+    return len(many.shape) == len(one.shape) and all(
+        n in (m, 2 * m) for n, m in zip(many.shape, one.shape, strict=True)
+    )
+
+
 def outline(program: Program) -> list[tuple[str, ...]]:
     """What runs, and on arrays of how many axes: the same for inputs of other sizes."""
     return [
@@ -155,15 +235,20 @@ def _but_sizes(equation: Equation) -> dict[str, str]:
     return {name: str(value) for name, value in equation.params.items() if name not in _SIZES}
 
 
+def _batch(leaves: Sequence[Any]) -> int | None:
+    """How many examples there are: along the first axis of the first input."""
+    return next((leaf.shape[0] for leaf in leaves if np.ndim(leaf)), None)
+
+
 def _twice(example: tuple) -> tuple:
     """The shapes of twice as many examples, along the first axis of the first input."""
     leaves, structure = jax.tree.flatten(example)
-    batch = next((leaf.shape[0] for leaf in leaves if np.ndim(leaf)), None)
+    batch = _batch(leaves)
 
     def more(leaf: Any) -> Any:
         if not np.ndim(leaf) or leaf.shape[0] != batch:
             return leaf
-        return jax.ShapeDtypeStruct((2 * batch, *leaf.shape[1:]), leaf.dtype)
+        return jax.ShapeDtypeStruct((2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype)
 
     return jax.tree.unflatten(structure, list(map(more, leaves)))
 
@@ -174,7 +259,7 @@ def _together(leaves: Sequence[jax.Array]) -> Iterator[list[Axes]]:
     Not the first axis, if it is that of examples. What has the size of another axis by chance, such
     as the last one, of features, may have to stay.
     """
-    batch = next((leaf.shape[0] for leaf in leaves if leaf.ndim), None)
+    batch = _batch(leaves)
     shapes = [leaf.shape for leaf in leaves]
     for size in sorted({n for shape in shapes for n in shape}):
         yield _ways(size, shapes, batch)
@@ -206,8 +291,8 @@ def _shorter(leaf: jax.Array, axes: frozenset[int]) -> jax.Array:
     return leaf[tuple(slice((n + 1) // 2 if a in axes else n) for a, n in enumerate(leaf.shape))]
 
 
-def _traced(function: Any, *args: Any) -> Program | None:
+def _traced(function: Any, tree: Any, *inputs: Any) -> Program | None:
     try:
-        return trace(function, *args)
+        return trace_as_many(function, tree, *inputs)
     except Exception:  # whatever a model raises that takes only so many examples
         return None

@@ -393,6 +393,39 @@ def test_what_depends_on_the_number_of_examples_is_no_constant(name: str, batch:
         assert_same(model({'params': folded}, other), wanted)
 
 
+def token(b: jax.Array, h: jax.Array, count: int) -> jax.Array:
+    return jnp.broadcast_to(b[None, None], (len(h), count, b.size))
+
+
+# JAX leaves such broadcasts out where there is one example.
+BROADCAST_TO_THE_BATCH = {
+    'token': lambda b, h: jnp.concatenate([token(b, h, 1), h[:, None]], 1).mean(1),
+    'tokens': lambda b, h: jnp.concatenate([token(b, h, 1), token(b, h, 5), h[:, None]], 1).sum(1),
+    'mask': lambda b, h: jnp.where(b[None] > 0.5, h, 0),
+    'table': lambda b, h: h + jnp.sin(jnp.broadcast_to(jnp.cos(b)[None], h.shape)),
+    'closed over': lambda b, h: h * jnp.broadcast_to(np.linspace(1, 2, 4)[None], h.shape) + b[None],
+}
+
+
+@pytest.mark.parametrize('name', BROADCAST_TO_THE_BATCH)
+@pytest.mark.parametrize('batch', [1, 2])
+def test_what_is_broadcast_to_the_examples_may_be_for_one_or_many(name: str, batch: int) -> None:
+    params, mix = two_layers(), BROADCAST_TO_THE_BATCH[name]
+
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = mix(first['bias'], nn.relu(x @ first['kernel']))
+        return h @ second['kernel'] + second['bias'][None]
+
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    small = svd.compact(model, params, x[:batch])
+    folded = svd.fold(model, params, x[:batch])
+    for other in (x[:1], x[:2], x):
+        wanted = model({'params': params}, other)
+        assert_same(small(other), wanted)
+        assert_same(model({'params': folded}, other), wanted)
+
+
 @pytest.mark.parametrize('name', OF_THE_BATCH)
 @pytest.mark.parametrize('length', [1, 4])
 def test_what_depends_on_how_long_an_example_is_is_no_constant(name: str, length: int) -> None:
