@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from svd_jax import slices
 from svd_jax.program import Constant, Equation, Operand, Program, evaluate, trace
 
 # Of every input, the axes that are to be of another size.
@@ -143,7 +144,7 @@ def trace_as_many(function: Callable[..., Any], tree: Any, *inputs: Any) -> Prog
     JAX leaves out a broadcast to the shape that there is already, such as that of a class token to
     a batch of one.
     """
-    program = trace(function, tree, *inputs)
+    program = slices.from_gathers(trace(function, tree, *inputs))
     if _batch(jax.tree.leaves(inputs)) != 1:
         return program
     many = _traced(function, tree, *_twice(inputs))

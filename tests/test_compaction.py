@@ -338,6 +338,47 @@ def test_it_can_be_vmapped_and_exported_for_any_batch_size() -> None:
     assert_same(export.export(jax.jit(small))(like).call(x), wanted)
 
 
+STATIC_INDEXING = {
+    'first': lambda h: h[:, 0],
+    'last': lambda h: h[:, -1],
+    'only': lambda h: h[:, :1][:, 0],
+    'all but the first': lambda h: h[:, 1:],
+    'every other': lambda h: h[:, ::2],
+    'every other of some units': lambda h: h[:, 1::2, 1:3],
+    'every other of one unit': lambda h: h[:, ::2, 1],
+    'every fourth': lambda h: h[:, ::4],
+    'every fourth of one unit': lambda h: h[:, ::4, 1],
+    'backwards': lambda h: h[:, ::-1],
+    'some backwards': lambda h: h[:, 3::-2],
+    'one unit': lambda h: h[..., 1],
+    'one number': lambda h: h[:, 0, 1],
+    'last of the first axis': lambda h: jnp.moveaxis(h, 1, 0)[-1],
+    'table': lambda h: h[:, jnp.asarray([2, 0])],
+    'take': lambda h: jnp.take(h, 2, axis=1),
+    'twice': lambda h: jnp.concatenate([h[:, 1:3], h[:, jnp.asarray([1, 2])]], 1),
+}
+
+
+@pytest.mark.parametrize('name', STATIC_INDEXING)
+def test_what_is_indexed_can_be_exported_for_any_batch_size(name: str) -> None:
+    params, index = two_layers(), STATIC_INDEXING[name]
+
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = index(nn.relu(x @ first['kernel'] + first['bias'][None, None]))
+        if h.shape[-1] == 4 and h.ndim > 1:
+            return h @ second['kernel']
+        return h
+
+    x = jax.random.normal(jax.random.key(0), (5, 4, 3))
+    small = svd.compact(model, params, x[:2])
+    (batch,) = export.symbolic_shape('batch')
+    like = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    exported = export.export(jax.jit(small))(like)
+    for some in (x[:1], x):
+        assert_same(exported.call(some), model({'params': params}, some))
+
+
 def test_a_variational_tree_is_refused() -> None:
     params = svd.variational(two_layers())
     with pytest.raises(ValueError, match=r'Dense_0/log_sigma2 .*svd_jax\.sparsify'):
