@@ -401,12 +401,14 @@ def _everything_dropped(at_start: bool) -> Finding:
 def _dead_layer(name: str, layer: _Layer) -> Finding:
     lost = "unless something goes around it, the network's output is constant"
     remedy = (
-        'Its weights are all exactly zero, which counts as noise from the start: begin with small '
-        'random ones'
-        if layer.zeros == layer.total and layer.moved is not None
-        else 'Give it a smaller KL weight (svd.kl(params, weight=...)) or a higher threshold, both '
-        'by layer, or a longer warm-up (svd.kl_warmup_for)'
+        'Give it a smaller KL weight (svd.kl(params, weight=...)) or a higher threshold, both by '
+        'layer, or a longer warm-up (svd.kl_warmup_for)'
     )
+    if layer.zeros == layer.total and layer.moved is not None:
+        remedy += (
+            '. If its weights, all exactly zero now, were so at the start, that counted as noise: '
+            'begin with small random ones'
+        )
     return Finding('dead layer', f'no weight of {name} is left: {lost}. {remedy}.')
 
 
