@@ -196,7 +196,6 @@ def _alike(
     equation: Equation, many: Program, operands: Sequence[Operand], other: Equation, one: Program
 ) -> bool:
     """Whether an equation for many examples is this one, of these operands, for one example."""
-
     return (
         equation.primitive is other.primitive
         and len(operands) == len(other.inputs)
