@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import svd_jax as svd
-from svd_jax import blocks, conv, narrow, noise, wide, winograd
+from svd_jax import blocks, conv, narrow, noise, wide, windows, winograd
 
 pytestmark = [
     pytest.mark.usefixtures('quick_compilation'),
@@ -320,6 +320,16 @@ def test_blocks_are_as_large_as_they_may_be_and_nearly_all_of_images(
     assert size == batch or 2 * (size + 1) * bytes_per_image > most
     count = -(-batch // size)
     assert 0 <= count * size - batch < count
+
+
+@every_shape
+def test_what_patches_take_is_known_beforehand(shape) -> None:
+    _, x, kernel, *_ = case(shape)
+    (x, kernel), padding = float32(x, kernel), ((1, 0), (0, 1))
+    wanted = windows.nbytes(x, kernel, padding)
+    assert wide._patches(x[:1], kernel, padding).nbytes == wanted
+    patches = narrow._patches(narrow._channels_first(x[:1], padding), *kernel.shape[:2])
+    assert patches.nbytes == wanted
 
 
 @pytest.mark.parametrize('way', [wide, narrow])
