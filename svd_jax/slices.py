@@ -92,7 +92,7 @@ class _Literals:
         if not _is_static(equation):
             return None
         places = self._value(equation.inputs[1])
-        return None if places is None else _slice(equation.params, places)
+        return None if places is None or not places.size else _slice(equation.params, places)
 
     def _value(self, operand: Operand) -> np.ndarray | None:
         if isinstance(operand, Constant):
