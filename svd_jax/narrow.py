@@ -107,11 +107,6 @@ def _fold(patches: jax.Array, shape: tuple[int, ...], height: int, width: int) -
     return _fold_axis(_fold_axis(windows, 2), 2)
 
 
-def _matrix(kernel: jax.Array) -> jax.Array:
-    """(height, width, C, F) to (height * width * C, F)."""
-    return kernel.reshape(-1, kernel.shape[-1])
-
-
 def _patches_of(x: jax.Array, kernels: Sequence[jax.Array]) -> Arrays:
     """Of what each kernel multiplies."""
     return tuple(_patches(p, *kernels[0].shape[:2]) for p in winograd.powers(x, len(kernels)))
@@ -129,7 +124,9 @@ def _convolve_fwd(x: jax.Array, kernels: Arrays, keep: bool) -> tuple[Arrays, tu
     _, rows, columns, batch = x.shape
     patches = _patches_of(x, kernels)
     outputs = tuple(
-        (_matrix(kernel).T @ p).reshape(features, rows - height + 1, columns - width + 1, batch)
+        (windows.matrix(kernel).T @ p).reshape(
+            features, rows - height + 1, columns - width + 1, batch
+        )
         for kernel, p in zip(kernels, patches, strict=True)
     )
     return outputs, (x, patches if keep else None, kernels)
@@ -140,7 +137,7 @@ def _convolve_bwd(keep: bool, residuals: tuple, gradients: Arrays) -> tuple[jax.
     size = kernels[0].shape[:2]
     flat = [gradient.reshape(gradient.shape[0], -1) for gradient in gradients]
     of_x, *of_squares = (
-        _fold(_matrix(kernel) @ gradient, x.shape, *size)
+        _fold(windows.matrix(kernel) @ gradient, x.shape, *size)
         for kernel, gradient in zip(kernels, flat, strict=True)
     )
     for of_square in of_squares:

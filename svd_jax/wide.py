@@ -58,12 +58,6 @@ def _patches(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     return jnp.concatenate(shifted, -1).reshape(len(x) * h * w, height * width * channels)
 
 
-def _matrix(kernel: jax.Array) -> jax.Array:
-    """(height, width, C, F) to (height * width * C, F)."""
-    height, width, channels, features = kernel.shape
-    return kernel.reshape(height * width * channels, features)
-
-
 def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
     """Outputs of x with the first kernel, and of its squares with the second if there is one."""
     kernel = kernels[0]
@@ -72,7 +66,7 @@ def _correlate(x: jax.Array, kernels: Arrays, padding: Padding) -> Arrays:
     def outputs(x: jax.Array) -> Arrays:
         powers = winograd.powers(_patches(x, kernel, padding), len(kernels))
         return tuple(
-            (power @ _matrix(kernel)).reshape(len(x), *shape)
+            (power @ windows.matrix(kernel)).reshape(len(x), *shape)
             for power, kernel in zip(powers, kernels, strict=True)
         )
 

@@ -19,3 +19,8 @@ def nbytes(x: jax.Array, kernel: jax.Array, padding: Padding) -> int:
     """What the patches of one of the images (B, H, W, C) take, with (height, width, C, F)."""
     patches = outputs(x.shape[1:3], kernel.shape[:2], padding)
     return math.prod(patches) * math.prod(kernel.shape[:3]) * x.dtype.itemsize
+
+
+def matrix(kernel: jax.Array) -> jax.Array:
+    """What multiplies the patches: (height, width, C, F) to (height * width * C, F)."""
+    return kernel.reshape(math.prod(kernel.shape[:3]), kernel.shape[3])

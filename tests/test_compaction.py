@@ -415,6 +415,15 @@ OF_THE_BATCH = {
 }
 
 
+def assert_same_for(model: Any, params: Any, example: jax.Array, others: tuple) -> None:
+    """Compacted and folded with the example, the network is the same for all of these inputs."""
+    small, folded = svd.compact(model, params, example), svd.fold(model, params, example)
+    for other in others:
+        wanted = model({'params': params}, other)
+        assert_same(small(other), wanted)
+        assert_same(model({'params': folded}, other), wanted)
+
+
 @pytest.mark.parametrize('name', OF_THE_BATCH)
 @pytest.mark.parametrize('batch', [1, 3])
 def test_what_depends_on_the_number_of_examples_is_no_constant(name: str, batch: int) -> None:
@@ -426,12 +435,7 @@ def test_what_depends_on_the_number_of_examples_is_no_constant(name: str, batch:
         return h @ second['kernel'] + second['bias'][None]
 
     x = jax.random.normal(jax.random.key(0), (8, 3))
-    small = svd.compact(model, params, x[:batch])
-    folded = svd.fold(model, params, x[:batch])
-    for other in (x[:batch], x, x[:5]):
-        wanted = model({'params': params}, other)
-        assert_same(small(other), wanted)
-        assert_same(model({'params': folded}, other), wanted)
+    assert_same_for(model, params, x[:batch], (x[:batch], x, x[:5]))
 
 
 def token(b: jax.Array, h: jax.Array, count: int) -> jax.Array:
@@ -459,12 +463,7 @@ def test_what_is_broadcast_to_the_examples_may_be_for_one_or_many(name: str, bat
         return h @ second['kernel'] + second['bias'][None]
 
     x = jax.random.normal(jax.random.key(0), (5, 3))
-    small = svd.compact(model, params, x[:batch])
-    folded = svd.fold(model, params, x[:batch])
-    for other in (x[:1], x[:2], x):
-        wanted = model({'params': params}, other)
-        assert_same(small(other), wanted)
-        assert_same(model({'params': folded}, other), wanted)
+    assert_same_for(model, params, x[:batch], (x[:1], x[:2], x))
 
 
 @pytest.mark.parametrize('name', OF_THE_BATCH)
@@ -478,12 +477,7 @@ def test_what_depends_on_how_long_an_example_is_is_no_constant(name: str, length
         return h @ second['kernel'] + second['bias'][None, None]
 
     x = jax.random.normal(jax.random.key(0), (2, 8, 3))
-    small = svd.compact(model, params, x[:, :length])
-    folded = svd.fold(model, params, x[:, :length])
-    for other in (x[:, :length], x, x[:1, :5]):
-        wanted = model({'params': params}, other)
-        assert_same(small(other), wanted)
-        assert_same(model({'params': folded}, other), wanted)
+    assert_same_for(model, params, x[:, :length], (x[:, :length], x, x[:1, :5]))
 
 
 class Frames(nn.Module):
