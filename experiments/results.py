@@ -198,7 +198,7 @@ SECTIONS = [
             Open('dense, CIFAR-10', {'dataset': 'cifar10', 'method': 'dense'}, 'a GPU'),
             Open(
                 'Sparse VD, CIFAR-10',
-                {'dataset': 'cifar10', 'epochs': 12, 'warmup': (0.0, 2.0), 'log_sigma2_rate': 4.0,
+                {'dataset': 'cifar10', 'epochs': 16, 'warmup': (0.0, 2.0), 'log_sigma2_rate': 4.0,
                  'shrink': 1.5},
                 'an hour of a CPU core',
             ),
@@ -740,7 +740,7 @@ def drawn(runs: list[Run]) -> list[Group]:
     ]  # fmt: skip
     if all(group.first.config.method == 'dense' for group in shown):
         return []
-    if shown[0].experiment == 'vgg' and len(set(map(width, shown))) < 2:
+    if shown[0].experiment == 'vgg' and not lines_by_width(shown):
         return []
     return shown
 
@@ -771,21 +771,26 @@ def width(group: Group) -> float:
     return group.first.summary['config']['k']
 
 
-def by_width(section: Section, groups: list[Group], figure: Figure) -> None:
-    """Error, dense beside Sparse VD, and compression, against the factor of all widths."""
+def lines_by_width(groups: list[Group]) -> dict[str, list[Group]]:
+    """Networks of several widths that have all else in common, narrow ones first, by that."""
     lines: dict[str, list[Group]] = {}
-    for group in groups:
+    for group in sorted(groups, key=width):
         config = group.first.config
         parts = (
             config.dataset, group.first.method, f'{config.epochs} epochs',
             group.options_but('k', 'pretrained'),
         )  # fmt: skip
         lines.setdefault(', '.join(part for part in parts if part), []).append(group)
+    return {name: line for name, line in lines.items() if width(line[0]) < width(line[-1])}
+
+
+def by_width(section: Section, groups: list[Group], figure: Figure) -> None:
+    """Error, dense beside Sparse VD, and compression, against the factor of all widths."""
+    lines = lines_by_width(groups)
     error, ratio = figure.subplots(1, 2)
-    widths = sorted(set(map(width, groups)))
+    widths = sorted({width(group) for line in lines.values() for group in line})
     colours = itertools.cycle((BLUE, ORANGE, GREEN, PINK, RED, GREY))
     for (name, line), colour in zip(lines.items(), colours, strict=False):
-        line.sort(key=width)
         dense = line[0].first.config.method == 'dense'
         look: dict[str, Any] = {'color': colour, 'capsize': 3, 'label': name}
         for axes, field in ((error, 'test_error'), (ratio, 'compression')):
@@ -804,7 +809,7 @@ def by_width(section: Section, groups: list[Group], figure: Figure) -> None:
         axes.set_ylabel(ylabel)
     error.set_title(section.title, loc='left', fontweight='bold')
     figure.legend(*error.get_legend_handles_labels(), loc='outside lower center', fontsize=8.5,
-                  edgecolor='none', ncols=2)  # fmt: skip
+                  edgecolor='none')  # fmt: skip
 
 
 def by_weights(

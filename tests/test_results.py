@@ -112,7 +112,7 @@ def test_what_is_written_passes_the_check(folder):
     assert page.read_text() == PAGE.read_text()
     assert main('--check', *where(folder)) == 0
     pictures = {path.name for path in (folder / 'pictures').iterdir()}
-    expected = {'results_lenet300.png', 'results_lenet5.png'}
+    expected = {'results_lenet300.png', 'results_lenet5.png', 'results_vgg.png'}
     if any(RESULTS.glob('compare-*.json')):
         expected.add('results_compare.png')
     assert pictures == expected
@@ -290,6 +290,8 @@ def test_vgg_like_networks_by_width(folder):
     title = 'VGG-like networks on CIFAR, by width'
     errors = {('dense', 0.25): 15.0, ('dense', 1.5): 6.0, ('svd', 0.25): 16.0, ('svd', 1.5): 6.5}
     ratios = {0.25: 9.0, 1.5: 65.0}
+    for own in (folder / 'results').glob('vgg-*.json'):
+        own.unlink()
     assert 'pictures/results_vgg.png' not in section(written(folder), title)
     for (method, k), error in errors.items():
         start = None if method == 'dense' else f'runs/vgg-cifar10-dense-k{k:g}'
@@ -307,9 +309,15 @@ def test_vgg_like_networks_by_width(folder):
     assert '**svd_jax, Sparse VD, k = 0.25, cifar10**' not in found
     assert '**svd_jax, Sparse VD, k = 0.5, cifar10**' in found
 
+    # Of its options, this one is the only width: no line.
+    edited(
+        folder / 'results/vgg-svd-alone.json', experiment='vgg', dataset='cifar10',
+        config={'k': 0.5, 'epochs': 6, 'pretrained': None}, test_error=17.0, compression=30.0,
+    )  # fmt: skip
     figure, one = Figure(), next(one for one in results.SECTIONS if one.experiment == 'vgg')
     read = [pair for pair in results.read_all(folder / 'results') if pair[1]['experiment'] == 'vgg']
     results.by_width(one, results.drawn([summaries.make_run(*pair) for pair in read]), figure)
+    assert not any(0.5 in line.get_xdata() for axes in figure.axes for line in axes.lines)
     drawn = [
         sorted(tuple(line.get_xydata().ravel()) for line in axes.lines if len(line.get_xdata()) > 1)
         for axes in figure.axes
