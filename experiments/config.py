@@ -81,8 +81,8 @@ class Config:
     """Weigh the KL divergences of units by the multiply-adds that they cost, with the same mean."""
     budget: Annotated[float | None, tyro.conf.arg(metavar='SHARE')] = None
     """Adjust the KL weight of units along the way, so that this share of the dense network's
-    multiply-adds is left; units that are still too many are dropped before --fine-tune, the
-    noisiest first."""
+    multiply-adds is left; before --fine-tune units that are still too many are dropped, the
+    noisiest first, and those that were dropped though there was room come back."""
     shrink: Annotated[float | None, tyro.conf.arg(metavar='FACTOR')] = None
     """Train on on a smaller network whenever that takes so many times fewer multiply-adds."""
     log_sigma2_init: float = -10.0

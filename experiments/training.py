@@ -243,7 +243,7 @@ class Training:
         return work['multiply_adds'] / work['multiply_adds_dense']
 
     def _within_budget(self, state: svd.TrainState) -> svd.TrainState:
-        """Without the noisiest units of each network that are too many for its budget."""
+        """With as many units of each network as its budget has room for, the least noisy ones."""
         wanted = self.config.budget
         if wanted is None:
             return state
@@ -252,7 +252,8 @@ class Training:
             def share(params: Any) -> float:
                 return self._share({**own.variables, 'params': params})
 
-            return own.replace(params=budget.within(own.params, share, wanted))
+            params = budget.within(own.params, share, wanted, self.config.thresholds)
+            return own.replace(params=params)
 
         return _together([within(own) for own in self.split(state)])
 

@@ -1,5 +1,7 @@
 """What units cost, against counts by hand, and the weights and factors made of it."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import svd_jax as svd
 from experiments import budget
 from svd_jax import cost
+from svd_jax.tree import units
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -119,9 +122,9 @@ def test_the_noisiest_units_go_until_the_budget_is_met(network, noisy, wanted: f
         return left / dense
 
     assert share(params) == 1
-    found = budget.within(params, share, wanted)
+    found = budget.within(params, share, wanted, 3.0)
     assert share(found) <= wanted
-    assert budget.within(params | {'nothing': {}}, share, wanted)['nothing'] == {}
+    assert budget.within(params | {'nothing': {}}, share, wanted, 3.0)['nothing'] == {}
     before, after = flatten_dict(params), flatten_dict(found)
     dropped = {}
     for path, leaf in after.items():
@@ -149,4 +152,24 @@ def test_the_noisiest_units_go_until_the_budget_is_met(network, noisy, wanted: f
 
 def test_within_the_budget_nothing_changes(noisy) -> None:
     params, _ = noisy
-    assert budget.within(params, lambda params: 0.3, 0.3) is params
+    assert budget.within(params, lambda params: 0.3, 0.3, 3.0) is params
+
+
+@pytest.mark.parametrize('wanted', [0.9, 0.7])
+def test_units_come_back_where_there_is_room(network, noisy, wanted: float) -> None:
+    """Where a threshold drops too much, as many are left as where it drops nothing."""
+    model, x, _ = network
+    params, levels = noisy
+
+    def share(threshold: float, params: dict) -> float:
+        report = svd.compact(model, svd.sparsify(params, threshold), x).report
+        return report.multiply_adds[1] / report.multiply_adds[0]
+
+    # Just above the least noisy unit of each group; what a log-normal posterior takes off is added.
+    least = max(float(noise.min()) for noise in levels.values())
+    log_normal = any(path[-1] == 'log_scale' for path in flatten_dict(params))
+    low = least + 1e-3 + 3.0 * log_normal
+    found = budget.within(params, partial(share, low), wanted, low)
+    assert share(low, params) < 0.5 < share(low, found) <= wanted
+    expected = budget.within(params, partial(share, 3.0), wanted, 3.0)
+    jax.tree.map(np.testing.assert_array_equal, units(found, low), units(expected, 3.0))
