@@ -19,6 +19,7 @@ from experiments.errors import UsageError
 EARLIER = {
     '-eps1e-8': "an earlier version, with Adam's eps at 1e-8",
     '-pulled': 'an earlier version, whose budget only pulled',
+    '-unfilled': 'an earlier version, whose budget was not filled',
 }
 
 _SEED = re.compile(r'-seed\d+$')
