@@ -9,6 +9,7 @@ rule covers is left as it is.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -19,8 +20,20 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 
-from svd_jax import network, table
+from svd_jax import loops, network, table
+from svd_jax.loops import Loop
 from svd_jax.network import Path
+from svd_jax.plan import (
+    AnyUse,
+    Fit,
+    Needed,
+    Plan,
+    Step,
+    in_every_example,
+    makes_of,
+    reads_of,
+    without_poles,
+)
 from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
 from svd_jax.rules import RULES, Fixed, Rule, Units, Use, View, everything
 from svd_jax.sizes import Resized, outline, trace_as_many
@@ -31,10 +44,6 @@ PyTree = Any
 
 # What a weight may go through on its way to its use, and still be that weight.
 _RESHAPING = ('reshape', 'broadcast_in_dim', 'convert_element_type', 'squeeze')
-# Operands of which a zero has no finite result.
-_POLES = {
-    'div': 1, 'rem': 1, 'log': 0, 'rsqrt': 0, 'pow': 0, 'integer_pow': 0, 'lgamma': 0, 'acosh': 0,
-}  # fmt: skip
 # How the names of operations start that draw random numbers.
 _RANDOM = ('random_', 'threefry2x32', 'rng_')
 
@@ -89,62 +98,6 @@ class Report(NamedTuple):
 
 def _change(numbers: tuple[int, int]) -> str:
     return f'{numbers[0]:,} -> {numbers[1]:,}'
-
-
-class _Fit(NamedTuple):
-    """How to make the units that an operation reads out of those that an array has.
-
-    Attributes:
-      take: for every axis where they differ, which to take; beyond the end: of the constants.
-      constants: what is appended along the axis of the constant units, if any are read.
-    """
-
-    take: dict[int, np.ndarray]
-    constants: tuple[int, np.ndarray] | None
-
-    @classmethod
-    def between(cls, has: Units, reads: Units, fixed: Fixed | None) -> '_Fit':
-        take, constants = {}, None
-        for axis, (own, wanted) in enumerate(zip(has, reads, strict=True)):
-            if np.array_equal(own, wanted):
-                continue
-            place = np.cumsum(own) - 1
-            missing = wanted & ~own
-            if missing.any():
-                assert fixed is not None
-                assert fixed.axis == axis
-                assert not np.any(missing & ~fixed.units)
-                place = np.where(missing, own.sum() + np.cumsum(missing) - 1, place)
-                constants = axis, fixed.values[missing]
-            take[axis] = place[wanted]
-        return cls(take, constants)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.constants is not None:
-            axis, values = self.constants
-            shape = [len(values) if a == axis else n for a, n in enumerate(x.shape)]
-            place = [-1 if a == axis else 1 for a in range(x.ndim)]
-            block = jnp.broadcast_to(jnp.asarray(values, x.dtype).reshape(place), shape)
-            x = jnp.concatenate([x, block], axis)
-        for axis, places in self.take.items():
-            x = jnp.take(x, places, axis)
-        return x
-
-
-class _Step(NamedTuple):
-    """An equation that still runs.
-
-    Attributes:
-      at: its index in the program.
-      fits: for every operand.
-      use: see :class:`svd_jax.rules.Use`; None: on whole arrays.
-      constant: the path of the array that is added to the result, and the first axis it goes along.
-    """
-
-    at: int
-    fits: tuple[_Fit | None, ...]
-    use: Use | None
-    constant: tuple[Path, int] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # the arrays have no equality to speak of
@@ -219,7 +172,7 @@ def compact_but_read(model: Any, variables: PyTree, *example: Any, **options: An
     they are still trained, and the whole tree can be made of the smaller one.
     """
     function = network.function(model, variables, options)
-    return _Analysis(function, variables, example, keep_read=True).result()
+    return _Analysis(function, variables, example, keep_read=True, in_loops=False).result()
 
 
 def compact_with_training(
@@ -250,7 +203,10 @@ def compact_with_training(
     def analysed(
         function: Callable[..., Any], kept: Mapping[Path, Units], *wanted: Units
     ) -> '_Analysis':
-        return _Analysis(function, variables, example, constants=False, kept=kept, wanted=wanted)
+        return _Analysis(
+            function, variables, example,
+            constants=False, in_loops=False, kept=kept, wanted=wanted,
+        )  # fmt: skip
 
     # Each keeps what the other reads: more and more, until they agree.
     kept = _only_trained(shipped, variables, example)
@@ -345,7 +301,7 @@ def fold(
 
 
 class _Runner:
-    """Runs the steps on the smaller arrays."""
+    """Runs the plan on the smaller arrays."""
 
     def __init__(
         self,
@@ -353,12 +309,10 @@ class _Runner:
         tree: PyTree,
         paths: dict[int, Path],
         program: Program,
-        steps: tuple[_Step, ...],
-        outputs: tuple[_Fit | None, ...],
+        plan: Plan,
     ) -> None:
         self._function, self._tree, self._paths = function, tree, paths
-        self._outline = outline(program)
-        self._steps, self._outputs = steps, outputs
+        self._outline, self._plan = outline(program), plan
 
     def __call__(self, params: PyTree, *inputs: Any) -> Any:
         # Traced again, for the sizes of these inputs: of the weights, only their shapes are needed.
@@ -374,31 +328,7 @@ class _Runner:
         leaves = jax.tree.leaves(inputs)
         first = len(program.inputs) - len(leaves)
         values.update(zip(program.inputs[first:], leaves, strict=True))
-
-        def value(operand: Operand, fit: _Fit | None) -> Any:
-            if isinstance(operand, Constant):
-                return operand.value
-            return values[operand] if fit is None else fit(values[operand])
-
-        for step in self._steps:
-            equation = program.equations[step.at]
-            operands = list(map(value, equation.inputs, step.fits))
-            params_ = equation.params
-            if step.use is not None:
-                whole = program.shapes[equation.outputs[0]].shape
-                smaller = tuple(
-                    n if units.all() else int(units.sum())
-                    for n, units in zip(whole, step.use.makes, strict=True)
-                )
-                params_ = step.use.adapt(params_, smaller)
-            results = bind(equation, operands, params_)
-            if step.constant is not None:
-                path, axis = step.constant
-                constant = arrays[path]
-                after = results[0].ndim - axis - constant.ndim
-                results[0] += constant.reshape((1,) * axis + constant.shape + (1,) * after)
-            values.update(zip(equation.outputs, results, strict=True))
-        outputs = list(map(value, program.outputs, self._outputs))
+        outputs = self._plan.run(program, values, arrays)
         return jax.tree.unflatten(program.tree, outputs)
 
 
@@ -413,6 +343,7 @@ class _Analysis:
       keep_read: whether constant units stay where anything reads them but a product, which has
         them in a bias.
       constants: whether units that are constant go.
+      in_loops: whether units of what a loop carries go.
       kept: entries of the tree's arrays that stay, whether they are read or not.
       wanted: which entries are of the last results; of the others, all.
     """
@@ -425,11 +356,12 @@ class _Analysis:
         same_shapes: bool = False,
         keep_read: bool = False,
         constants: bool = True,
+        in_loops: bool = True,
         kept: Mapping[Path, Units] | None = None,
         wanted: Sequence[Units] = (),
     ) -> None:
         self._function, self._tree, self._same_shapes = function, tree, same_shapes
-        self._keep_read = same_shapes or keep_read
+        self._keep_read, self._in_loops = same_shapes or keep_read, in_loops
         program = self._program = trace_as_many(function, tree, *example)
         self._makers = {n: e for e in program.equations for n in e.outputs}
         leaves = jax.tree.leaves(tree)
@@ -453,11 +385,10 @@ class _Analysis:
         self._wanted = [everything(np.shape(self._value(output))) for output in outputs]
         self._wanted += wanted
         kept = kept or {}
-        self._needed: dict[int, list[np.ndarray]] = {
-            number: list(kept[path]) for number, path in self._paths.items() if path in kept
-        }
-        self._uses: dict[int, Use | None] = {}
-        self._backwards()
+        self._needed = Needed(
+            {number: kept[path] for number, path in self._paths.items() if path in kept}
+        )
+        self._uses = self._backwards()
 
     @functools.cached_property
     def _others(self) -> list[Resized]:
@@ -532,15 +463,6 @@ class _Analysis:
 
     # Backwards: which units of every value are read.
 
-    def _need(self, operand: Operand, units: Units) -> None:
-        if isinstance(operand, Constant):
-            return
-        before = self._needed.get(operand)
-        if before is None:
-            self._needed[operand] = [np.array(u) for u in units]
-        else:
-            self._needed[operand] = [a | b for a, b in zip(before, units, strict=True)]
-
     def _kept(self, number: int) -> Units:
         """The units that the smaller array of a value has: those that are read and vary."""
         units = [np.array(u) for u in self._needed[number]]
@@ -550,59 +472,42 @@ class _Analysis:
             units[fixed.axis] &= ~fixed.units
         return tuple(units)
 
-    def _backwards(self) -> None:
+    def _backwards(self) -> dict[int, AnyUse | None]:
         for output, units in zip(self._program.outputs, self._wanted, strict=True):
-            self._need(output, units)
-        for at, equation in reversed(list(enumerate(self._program.equations))):
-            if not any(number in self._needed for number in equation.outputs):
-                continue
-            use = self._use(equation)
-            self._uses[at] = use
-            if use is None:
-                for number in equation.outputs:
-                    self._needed[number] = list(everything(self._values[number].shape))
-                for operand in equation.inputs:
-                    self._need(operand, everything(np.shape(self._value(operand))))
-            else:
-                (number,) = equation.outputs
-                for operand, units in zip(equation.inputs, use.reads, strict=True):
-                    self._need(operand, units)
+            self._needed.add(output, units)
+        return self._needed.of_all(self._program, self._use)
 
-    def _use(self, equation: Equation) -> Use | None:
-        rule = RULES.get(equation.primitive.name)
+    def _use(self, at: int, equation: Equation) -> AnyUse | None:
         views = [self._view(operand) for operand in equation.inputs]
-        use = None
-        if rule is not None and len(equation.outputs) == 1:
-            (number,) = equation.outputs
-            shape, wanted = self._values[number].shape, self._kept(number)
-            use = rule.use(equation, views, shape, wanted)
-            if self._same_shapes and use is not None and not self._can_fold(equation, use):
-                varying = [view._replace(fixed=None) for view in views]
-                use = rule.use(equation, varying, shape, wanted)
-        if use is not None and not self._in_every_example(equation, use):
+        use = self._loop(at, equation, views) if equation.body else self._simple(equation, views)
+        if use is not None and not in_every_example(use, equation, self._is_size):
             use = None
-        pole = _POLES.get(equation.primitive.name)
-        if use is not None and self._same_shapes and pole is not None:
-            # Zeros in the place of what nothing reads would make NaNs, which zero weights read.
-            reads = list(use.reads)
-            reads[pole] = everything(views[pole].shape)
-            use = use._replace(reads=tuple(reads))
+        if isinstance(use, Use) and self._same_shapes:
+            use = without_poles(use, equation, views)
         reason = 'no rule for it' if use is None else use.left
         if reason and any(view.fixed is not None for view in views):
             name = f'{equation.where or "the model"}: {equation.primitive.name}: {reason}'
             self._left[name] = None
         return use
 
-    def _in_every_example(self, equation: Equation, use: Use) -> bool:
-        """Whether the same units are read and made of every example, and wherever in it."""
-        operands = *zip(equation.inputs, use.reads, strict=True), (equation.outputs[0], use.makes)
-        return not any(
-            self._is_size(number, axis)
-            for number, units in operands
-            if isinstance(number, int)
-            for axis, own in enumerate(units)
-            if not own.all()
-        )
+    def _simple(self, equation: Equation, views: Sequence[View]) -> Use | None:
+        rule = RULES.get(equation.primitive.name)
+        if rule is None or len(equation.outputs) != 1:
+            return None
+        (number,) = equation.outputs
+        shape, wanted = self._values[number].shape, self._kept(number)
+        use = rule.use(equation, views, shape, wanted)
+        if self._same_shapes and use is not None and not self._can_fold(equation, use):
+            varying = [view._replace(fixed=None) for view in views]
+            use = rule.use(equation, varying, shape, wanted)
+        return use
+
+    def _loop(self, at: int, equation: Equation, views: Sequence[View]) -> Loop | None:
+        if not self._in_loops:
+            return None
+        wanted = [self._kept(n) if n in self._needed else None for n in equation.outputs]
+        sizes = [sizes.within(at) for sizes in (self._batch, *self._others) if sizes]
+        return loops.use(equation, views, wanted, sizes, self._same_shapes)
 
     # The plan: the smaller arrays, and the steps that run on them.
 
@@ -614,18 +519,23 @@ class _Analysis:
 
     def result(self) -> Compact:
         self._made = {
-            self._program.equations[at].outputs[0]: use.makes
+            number: units
             for at, use in self._uses.items()
             if use is not None
+            for number, units in zip(
+                self._program.equations[at].outputs, makes_of(use), strict=True
+            )
+            if units is not None
         }
         arrays = self._arrays()
         steps = []
         for at in sorted(self._uses):
             equation, use = self._program.equations[at], self._uses[at]
             constant = None
-            if use is not None and use.bias is not None:
+            if isinstance(use, Use) and use.bias is not None:
                 constant = self._place_bias(equation, use, arrays)
-            steps.append(_Step(at, tuple(self._fits(equation, use)), use, constant))
+            reads = reads_of(use, equation, self._program)
+            steps.append(Step(at, tuple(map(self._fit, equation.inputs, reads)), use, constant))
         outputs = map(self._fit, self._program.outputs, self._wanted)
         params = traverse_util.unflatten_dict({p: jnp.asarray(a) for p, a in arrays.items()})
         runner = _Runner(
@@ -633,8 +543,7 @@ class _Analysis:
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._tree),
             {number: self._paths[number] for number in self._read()},
             self._program,
-            tuple(steps),
-            tuple(outputs),
+            Plan(tuple(steps), tuple(outputs)),
         )
         before = sum(self._values[number].size for number in self._weights)
         report = Report(
@@ -659,7 +568,7 @@ class _Analysis:
         """The tree with zeros in the place of the units that are not kept."""
         arrays = self._arrays()
         for at, use in self._uses.items():
-            if use is not None and use.bias is not None:
+            if isinstance(use, Use) and use.bias is not None:
                 assert self._place_bias(self._program.equations[at], use, arrays) is None
         leaves = []
         for number, leaf in zip(self._weights, jax.tree.leaves(self._tree), strict=True):
@@ -683,19 +592,10 @@ class _Analysis:
         """The weights of which some entries are read."""
         return [number for number in self._weights if number in self._needed]
 
-    def _fit(self, operand: Operand, reads: Units) -> _Fit | None:
-        if isinstance(operand, Constant):
-            return None
-        return _Fit.between(self._has(operand), reads, self._fixed.get(operand))
-
-    def _fits(self, equation: Equation, use: Use | None) -> list[_Fit | None]:
-        if use is not None:
-            return list(map(self._fit, equation.inputs, use.reads))
-        return [
-            None if isinstance(operand, Constant)
-            else self._fit(operand, everything(self._values[operand].shape))
-            for operand in equation.inputs
-        ]  # fmt: skip
+    def _fit(self, operand: Operand, reads: Units | None) -> Fit | None:
+        if isinstance(operand, Constant) or reads is None:
+            return None if reads is None else Fit({}, None)
+        return Fit.between(self._has(operand), reads, self._fixed.get(operand))
 
     def _consumers(self, number: int) -> list[int]:
         # Where arrays keep their shapes, what is not read is computed too.
@@ -791,21 +691,58 @@ class _Analysis:
     def _layers(self) -> Iterator[Layer]:
         for at in sorted(self._uses):
             equation, use = self._program.equations[at], self._uses[at]
-            if use is None or use.work is None:
-                continue
-            work, whole = use.work, [np.shape(self._value(i)) for i in equation.inputs]
-            leaf = self._weight_of(equation.inputs[work.weights])
-            path = self._paths[leaf][:-1] if leaf is not None else (equation.where,)
-            result = self._values[equation.outputs[0]].shape
-            sizes = (result, *whole), (_sizes(use.makes), *map(_sizes, use.reads))
-            counts = [
-                (_product(inputs, work.inputs), _product(weights, work.units),
-                 math.prod(made) * _product(weights, work.summed))
-                for made, *operands in sizes
-                for weights, inputs in [(operands[work.weights], operands[1 - work.weights])]
-            ]  # fmt: skip
-            name = '/'.join(part for part in path if part != 'params')
-            yield Layer(name, *zip(*counts, strict=True))
+            if isinstance(use, Loop):
+                assert equation.body is not None
+                rounds = equation.params['length']
+                for step in use.plan.steps:
+                    inner = equation.body.equations[step.at]
+                    if isinstance(step.use, Use) and step.use.work is not None:
+                        name = self._layer_in(equation, inner.inputs[step.use.work.weights])
+                        yield _layer(inner, step.use, equation.body, name, rounds)
+            elif isinstance(use, Use) and use.work is not None:
+                leaf = self._weight_of(equation.inputs[use.work.weights])
+                yield _layer(equation, use, self._program, self._name([leaf]) or equation.where)
+
+    def _layer_in(self, loop: Equation, operand: Operand) -> str:
+        """The name of the layers whose weights an operand in a round of a loop is made of."""
+        assert loop.body is not None
+        sources = loop.body.sources(operand)
+        outer = dict(zip(loop.body.inputs, loop.inputs, strict=True))
+        return self._name([self._weight_of(outer[n]) for n in sources if n in outer]) or loop.where
+
+    def _name(self, leaves: Sequence[int | None]) -> str:
+        """Of the layer with these weights, or of those that lie beside each other."""
+        paths = sorted({self._paths[leaf][:-1] for leaf in leaves if leaf is not None})
+        alike = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+        together = [names[0] for names in alike]
+        apart = '+'.join('/'.join(path[len(together) :]) for path in paths)
+        return '/'.join(part for part in (*together, apart) if part and part != 'params')
+
+
+def _layer(equation: Equation, use: Use, program: Program, name: str, times: int = 1) -> Layer:
+    """What becomes of a product.
+
+    Args:
+      equation: the product.
+      use: of it.
+      program: that it is in.
+      name: of the layer.
+      times: how often it runs.
+    """
+    work = use.work
+    assert work is not None
+    result, *whole = (
+        np.shape(i.value) if isinstance(i, Constant) else program.shapes[i].shape
+        for i in (*equation.outputs, *equation.inputs)
+    )
+    sizes = (result, *whole), (_sizes(use.makes), *map(_sizes, use.reads))
+    counts = [
+        (_product(inputs, work.inputs), _product(weights, work.units),
+         times * math.prod(made) * _product(weights, work.summed))
+        for made, *operands in sizes
+        for weights, inputs in [(operands[work.weights], operands[1 - work.weights])]
+    ]  # fmt: skip
+    return Layer(name, *zip(*counts, strict=True))
 
 
 def _product(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:

@@ -1,7 +1,8 @@
 """A function as a flat list of primitive operations, with numbered values.
 
 What JAX traces is nested: a jitted function, a custom derivative or a checkpoint is an equation
-with a program of its own. Here all of that is written out: who reads it meets primitives alone.
+with a program of its own. Here all of that is written out: who reads it meets primitives alone,
+a ``lax.scan`` being one, with the program of a round beside it.
 The numbers depend on the function, not on the sizes of its arguments: a program traced again for
 another batch size has the same ones.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.extend import core
 
 # The parameter that holds the program of an equation which only calls it.
@@ -44,6 +46,7 @@ class Equation(NamedTuple):
       inputs: the numbers of its operands, or constants.
       outputs: the numbers of its results.
       where: the path of the module that it was traced in, such as ``LeNet5/Conv_0``.
+      body: of a ``lax.scan``, what runs in every round.
     """
 
     primitive: Any
@@ -51,6 +54,7 @@ class Equation(NamedTuple):
     inputs: tuple[Operand, ...]
     outputs: tuple[int, ...]
     where: str
+    body: 'Program | None' = None
 
 
 class Program(NamedTuple):
@@ -62,7 +66,7 @@ class Program(NamedTuple):
       equations: in order.
       outputs: the numbers of its results, flattened.
       shapes: what every number stands for: something with ``shape`` and ``dtype``.
-      tree: the structure of the results.
+      tree: the structure of the results; None for that of a round.
     """
 
     inputs: tuple[int, ...]
@@ -71,6 +75,14 @@ class Program(NamedTuple):
     outputs: tuple[Operand, ...]
     shapes: dict[int, Any]
     tree: Any
+
+    def sources(self, operand: Operand) -> set[int]:
+        """The inputs and constants that a value is computed of."""
+        found, made = {operand}, {number for e in self.equations for number in e.outputs}
+        for equation in reversed(self.equations):
+            if not found.isdisjoint(equation.outputs):
+                found.update(equation.inputs)
+        return {number for number in found if isinstance(number, int) and number not in made}
 
 
 def closed_jaxpr(jaxpr: Any) -> core.ClosedJaxpr:
@@ -81,6 +93,10 @@ def closed_jaxpr(jaxpr: Any) -> core.ClosedJaxpr:
 def trace(function: Callable[..., Any], *args: Any) -> Program:
     """The program of a function for arguments of these shapes (arrays or ``ShapeDtypeStruct``)."""
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    return _written_out(closed)._replace(tree=jax.tree.structure(out))
+
+
+def _written_out(closed: core.ClosedJaxpr) -> Program:
     constants: dict[int, Any] = {}
     equations: list[Equation] = []
     shapes: dict[int, Any] = {}
@@ -109,14 +125,17 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
             outputs = tuple(number(var.aval) for var in eqn.outvars)
             known.update(zip(eqn.outvars, outputs, strict=True))
             where = str(eqn.source_info.name_stack)
-            equations.append(Equation(eqn.primitive, eqn.params, tuple(operands), outputs, where))
+            body = None
+            if eqn.primitive is lax.scan_p:
+                body = _written_out(closed_jaxpr(eqn.params['jaxpr']))
+            equations.append(
+                Equation(eqn.primitive, eqn.params, tuple(operands), outputs, where, body)
+            )
         return [operand(atom) for atom in jaxpr.outvars]
 
     arguments = tuple(number(var.aval) for var in closed.jaxpr.invars)
     outputs = inline(closed.jaxpr, closed.consts, arguments)
-    return Program(
-        arguments, constants, tuple(equations), tuple(outputs), shapes, jax.tree.structure(out)
-    )
+    return Program(arguments, constants, tuple(equations), tuple(outputs), shapes, None)
 
 
 def bind(equation: Equation, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.lax import GatherScatterMode
 
 from svd_jax.program import Equation
 
@@ -229,7 +230,21 @@ def window_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, in
 
 
 def sliced_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+    """Those that are not cut."""
     return {axis: axis for axis, (n, m) in enumerate(zip(before, after, strict=True)) if n == m}
+
+
+def gathered_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+    """Those of which all is taken, as of the columns of an embedding."""
+    numbers, sizes = equation.params['dimension_numbers'], equation.params['slice_sizes']
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [axis for axis in range(len(before)) if axis not in gone]
+    taken = zip(kept, numbers.offset_dims, strict=True)
+    return {old: new for old, new in taken if sizes[old] == before[old]}
+
+
+def unreversed_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
+    return {a: a for a in range(len(before)) if a not in equation.params['dimensions']}
 
 
 def unpadded_axes(equation: Equation, before: Shape, after: Shape) -> dict[int, int]:
@@ -267,14 +282,53 @@ def _same_as_padding(equation: Equation, views: Sequence[View]) -> Any:
     return views[0].fixed.values == views[1].value
 
 
+def _in_bounds(equation: Equation, views: Sequence[View]) -> Any:
+    """What is taken beyond the end may be NaN."""
+    return equation.params['mode'] != GatherScatterMode.FILL_OR_DROP
+
+
+def _take_fewer(params: dict[str, Any], smaller: Shape, moves: Moves) -> dict[str, Any]:
+    sizes = (smaller[moves[a]] if a in moves else n for a, n in enumerate(params['slice_sizes']))
+    return params | {'slice_sizes': tuple(sizes)}
+
+
 def _resize(params: dict[str, Any], smaller: Shape, moves: Moves) -> dict[str, Any]:
     return params | {'shape': smaller}
 
 
-def _end_later(params: dict[str, Any], smaller: Shape, moves: Moves) -> dict[str, Any]:
-    ends = params['limit_indices']
-    ends = tuple(smaller[a] if a in moves else end for a, end in enumerate(ends))
-    return params | {'limit_indices': ends}
+# --- Slices ---------------------------------------------------------------------------------------
+
+
+def _sliced(equation: Equation, rank: int) -> list[slice]:
+    p = equation.params
+    strides = p['strides'] or (1,) * rank
+    return list(map(slice, p['start_indices'], p['limit_indices'], strides))
+
+
+def _slice_constant(equation: Equation, views: Sequence[View], shape: Shape) -> Outcome:
+    fixed = views[0].fixed
+    return fixed and (fixed.axis, fixed.units[_sliced(equation, len(shape))[fixed.axis]])
+
+
+def _slice(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units) -> Use:
+    before, reads, makes = views[0].shape, list(everything(views[0].shape)), list(everything(shape))
+    # Where all of a piece is wanted it is cut out of the whole: there may be more of that.
+    whole = [n != m and w.all() for n, m, w in zip(before, shape, wanted, strict=True)]
+    for axis, piece in enumerate(_sliced(equation, len(shape))):
+        if not whole[axis]:
+            reads[axis] = np.zeros(before[axis], bool)
+            reads[axis][piece] = makes[axis] = wanted[axis]
+
+    def adapt(params: dict[str, Any], smaller: Shape) -> dict[str, Any]:
+        cut = _sliced(equation._replace(params=params), len(smaller))
+        cut = [c if w else slice(0, n, 1) for c, w, n in zip(cut, whole, smaller, strict=True)]
+        return params | {
+            'start_indices': tuple(c.start for c in cut),
+            'limit_indices': tuple(c.stop for c in cut),
+            'strides': tuple(c.step for c in cut),
+        }
+
+    return Use((tuple(reads),), tuple(makes), adapt)
 
 
 # --- Reshape --------------------------------------------------------------------------------------
@@ -575,7 +629,9 @@ RULES: dict[str, Rule] = {
     'transpose': _moved(transpose_axes),
     'squeeze': _moved(squeeze_axes),
     'broadcast_in_dim': _moved(broadcast_axes, _resize),
-    'slice': _moved(sliced_axes, _end_later),
+    'slice': Rule(_slice_constant, _slice),
+    'gather': _only_if(_moved(gathered_axes, _take_fewer), _in_bounds),
+    'rev': _moved(unreversed_axes),
     'pad': _only_if(_moved(unpadded_axes), _same_as_padding),
     **dict.fromkeys(
         ['reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod', 'argmax', 'argmin'], _REDUCTION

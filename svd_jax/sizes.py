@@ -75,6 +75,12 @@ class Resized:
         """Whether there are other sizes."""
         return self._other is not None
 
+    def within(self, at: int) -> 'Resized':
+        """A round of the loop that an equation is, beside the same one for the other sizes."""
+        program, other = self._program.equations[at].body, self._other
+        assert program is not None
+        return Resized(program, other and other.equations[at].body, tuple(self._known))
+
     def values(self, tree: Any) -> dict[int, Any]:
         """Every value of the other program, by the numbers of this one."""
         assert self._other is not None
@@ -144,7 +150,7 @@ def trace_as_many(function: Callable[..., Any], tree: Any, *inputs: Any) -> Prog
     JAX leaves out a broadcast to the shape that there is already, such as that of a class token to
     a batch of one.
     """
-    program = slices.from_gathers(trace(function, tree, *inputs))
+    program = slices.written_out(trace(function, tree, *inputs))
     if _batch(jax.tree.leaves(inputs)) != 1:
         return program
     many = _traced(function, tree, *_twice(inputs))
@@ -168,6 +174,11 @@ def _with_broadcasts_of(many: Program, one: Program) -> Program | None:
         operands = list(map(own, equation.inputs))
         if rest and _alike(equation, many, operands, rest[-1], one):
             found = rest.pop()
+            if equation.body is not None and found.body is not None:
+                body = _with_broadcasts_of(equation.body, found.body)
+                if body is None:
+                    return None
+                found = found._replace(body=body)
             operands = [
                 theirs if isinstance(theirs, int) else ours
                 for theirs, ours in zip(equation.inputs, found.inputs, strict=True)
@@ -217,10 +228,14 @@ def _same_but_batch(many: Any, one: Any) -> bool:
     )
 
 
-def outline(program: Program) -> list[tuple[str, ...]]:
+def outline(program: Program) -> list[tuple[Any, ...]]:
     """What runs, and on arrays of how many axes: the same for inputs of other sizes."""
     return [
-        (e.primitive.name, *(str(len(program.shapes[number].shape)) for number in e.outputs))
+        (
+            e.primitive.name,
+            *(len(program.shapes[number].shape) for number in e.outputs),
+            e.body and outline(e.body),
+        )
         for e in program.equations
     ]
 

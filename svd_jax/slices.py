@@ -1,9 +1,12 @@
 """Static indexing as slices, whichever way JAX has traced it.
 
 ``h[:, 0]`` and ``h[:, ::2]`` are slices where all sizes are known, and gathers where one is a name,
-as that of the batch is in ``jax.export``. What compares programs needs one way of the two.
+as that of the batch is in ``jax.export``; ``jnp.split`` is one operation of several results. What
+compares programs, or follows units through them, needs one way of these.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +25,9 @@ class _Slice(NamedTuple):
     squeezed: tuple[int, ...]
 
 
-def from_gathers(program: Program) -> Program:
-    """The program with slices in the place of gathers whose indices are written in it."""
-    if not any(map(_is_static, program.equations)):
+def written_out(program: Program) -> Program:
+    """The program with slices in the place of splits, and of gathers at indices written in it."""
+    if not any(_is_static(e) or e.primitive is lax.split_p or e.body for e in program.equations):
         return program
     literals = _Literals(program)
     shapes, equations = dict(program.shapes), []
@@ -40,9 +43,17 @@ def from_gathers(program: Program) -> Program:
         return number
 
     for equation in program.equations:
-        equation = equation._replace(inputs=tuple(map(now, equation.inputs)))
+        equation = equation._replace(
+            inputs=tuple(map(now, equation.inputs)),
+            body=equation.body and written_out(equation.body),
+        )
         taken, where = literals.slice(equation), equation.where
         result = equation.inputs[0] if equation.inputs else None
+        if equation.primitive is lax.split_p and isinstance(result, int):
+            pieces = _pieces(equation.params, shapes[result].shape)
+            for number, piece in zip(equation.outputs, pieces, strict=True):
+                renamed[number] = add(lax.slice_p, result, where, strides=None, **piece)
+            continue
         if taken is None or not isinstance(result, int):
             equations.append(equation)
             continue
@@ -63,6 +74,14 @@ def from_gathers(program: Program) -> Program:
             kept.append(equation)
             read.update(i for i in equation.inputs if isinstance(i, int))
     return program._replace(equations=tuple(reversed(kept)), outputs=outputs, shapes=shapes)
+
+
+def _pieces(params: dict[str, Any], shape: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Where the pieces of a split start and end."""
+    ends = itertools.accumulate(map(int, params['sizes']), initial=0)
+    start, limit = [0] * len(shape), list(shape)
+    for start[params['axis']], limit[params['axis']] in itertools.pairwise(ends):
+        yield {'start_indices': tuple(start), 'limit_indices': tuple(limit)}
 
 
 def _is_static(equation: Equation) -> bool:

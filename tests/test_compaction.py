@@ -611,6 +611,71 @@ def test_units_of_every_example_go_whatever_the_batch() -> None:
     assert small.params['Dense_0']['kernel'].shape == (2, 2)
 
 
+CUTTING = {
+    'split': lambda h: jnp.multiply(*jnp.split(h, 2, -1)),
+    'slices': lambda h: h[:, :2] - h[:, 2:],
+    'every other': lambda h: h[:, ::2] / (1 + h[:, 1::2] ** 2),
+    'a part of it': lambda h: h[:, 1:3],
+    'twice the same': lambda h: h[:, 1:3] + h[:, :2],
+    'backwards': lambda h: h[::-1, 2:] * h[:, 2:],
+}
+
+
+@pytest.mark.parametrize('name', CUTTING)
+def test_units_go_through_cuts(name: str) -> None:
+    """Of two units that are read after the cut, the second reads nothing but noise."""
+    cut, params = CUTTING[name], two_layers()
+    params['Dense_0'] = {k: np.random.default_rng(1).normal(size=v.shape).astype(np.float32)
+                         for k, v in params['Dense_0'].items()}  # fmt: skip
+    params['Dense_1']['kernel'] = np.float32([[1, 2], [0, 0]])
+
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = cut(jnp.tanh(x @ first['kernel'] + first['bias'][None]))
+        return h @ second['kernel'] + second['bias'][None]
+
+    x = jnp.asarray([[1.0, 2, 3], [-1, 0, 5]])
+    small = svd.compact(model, params, x)
+    # The units that the first one after the cut is made of, by its gradient.
+    made = jax.grad(lambda h: cut(h)[0, 0])(jnp.asarray([[0.1, 0.2, 0.3, 0.4]]))[0]
+    assert small.params['Dense_0']['kernel'].shape == (3, np.count_nonzero(made))
+    for others in (x, -x[:1], jnp.concatenate([x, x**2])):
+        assert_same(small(others), model({'params': params}, others))
+
+
+@pytest.mark.parametrize('mode', ['fill', 'clip'])
+def test_columns_of_a_table_go(mode: str) -> None:
+    def model(variables: Any, tokens: jax.Array) -> jax.Array:
+        table, first = variables['params']['Embed_0'], variables['params']['Dense_0']
+        return jnp.take(table['embedding'], tokens, axis=0, mode=mode) @ first['kernel']
+
+    embedding = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    params = {'Embed_0': {'embedding': embedding}, 'Dense_0': two_layers()['Dense_0']}
+    params['Dense_0']['kernel'][[0, 2], 0] = 1  # no output is constant
+    tokens = jnp.asarray([[0, 1, 2], [4, 4, 3]])
+    small = svd.compact(model, params, tokens)
+    assert small.params['Embed_0']['embedding'].shape == (5, 2)
+    for others in (tokens, tokens[:1], tokens + 3):  # and beyond the end, NaN where that fills
+        np.testing.assert_allclose(small(others), model({'params': params}, others), rtol=1e-5)
+
+
+@pytest.mark.parametrize('mode', ['fill', 'clip'])
+def test_a_constant_unit_is_none_beyond_the_end(mode: str) -> None:
+    params = two_layers()
+
+    def model(variables: Any, x: jax.Array, places: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = nn.relu(x @ first['kernel'] + first['bias'][None])
+        return jnp.take(h, places, axis=0, mode=mode) @ second['kernel']
+
+    x, places = jnp.asarray([[1.0, 2, 3], [-1, 0, 5]]), jnp.asarray([0, 1, 1])
+    small = svd.compact(model, params, x, places)
+    assert small.params['Dense_0']['kernel'].shape == (2, 2)
+    for others in (places, places + 1):
+        wanted = model({'params': params}, x, others)
+        np.testing.assert_allclose(small(x, others), wanted, rtol=1e-5)
+
+
 @hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from(['SAME', 'VALID']))
 @hypothesis.settings(max_examples=10)
 def test_any_pattern_of_zeros(seed: int, density: float, padding: str) -> None:
