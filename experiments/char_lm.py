@@ -43,9 +43,7 @@ class Config(config.Config):
     """Training sequences per step."""
     gates: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --groups: the gates of the LSTM cell have scales as well (Chirkova et al. 2018)."""
-    # What is for images only, or for networks that can be made smaller.
-    unit_cost: tyro.conf.Suppress[Literal['none', 'flops']] = 'none'
-    budget: tyro.conf.Suppress[float | None] = None
+    # What is for images only, or for networks that can be made smaller in training.
     shrink: tyro.conf.Suppress[float | None] = None
     validation: tyro.conf.Suppress[int] = 0
     shift: tyro.conf.Suppress[int] = 0
@@ -119,13 +117,14 @@ class TextTraining(Training):
         return language_models.units(path, self._gates)
 
     def _groups(self, state: svd.TrainState) -> dict[str, Any]:
-        if self.config.groups == 'none':
-            return {}
-        found: dict[str, Any] = {'groups': self.config.groups}
-        if self._name == 'lstm':
+        found = super()._groups(state)
+        if found and self._name == 'lstm':
             left = self._left(state.variables, self.config.thresholds)
             found['neurons'] = language_models.neurons(left['params'])
         return found
+
+    def _example(self) -> jax.Array:
+        return jnp.asarray(self.dataset.train[None, : self._length])
 
     def _apply(self, variables: Any, inputs: jax.Array, rngs: Any, **options: Any) -> Any:
         if not is_random(variables['params']):
@@ -187,7 +186,7 @@ class TextTraining(Training):
         directory.mkdir(exist_ok=True)
         if history:
             pictures.training_curves(history, directory / 'curves.png')
-        if self.variational:
+        if self.variational and self.config.groups != 'units':  # then no weight has a log alpha
             pictures.log_alpha_histogram(params, self.config.threshold, directory / 'log_alpha.png')
         self._draw_units(folder, params)
         return {'model': self._name, **self._ship(folder, state)}

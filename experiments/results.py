@@ -468,7 +468,8 @@ def units_rows(section: Section, runs: list[Run]) -> list[Cells]:
     """Ours, once their arrays are made smaller."""
     return [
         {'': label(group, section.dataset), 'seeds': seeds(group.seeds),
-         ERROR: mean_sd(group.values('test_error'), 2), 'units left': units_left(group),
+         ERROR: mean_sd(group.values('test_error'), 2),
+         BITS: mean_sd(group.values('bits_per_character'), 3), 'units left': units_left(group),
          'times fewer FLOPs': mean_sd([
              run.summary['multiply_adds_dense'] / run.summary['multiply_adds'] for run in group.runs
          ], 1),

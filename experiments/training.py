@@ -513,7 +513,7 @@ class Training:
         return {'groups': self.config.groups, **self._work(left)}
 
     def _work(self, variables: Any) -> dict[str, Any]:
-        """The multiply-adds for an image, once made smaller, and of the dense network."""
+        """The multiply-adds for an example, once made smaller, and of the dense network."""
         small = svd.compact(self._shipped, variables, self._example())
         dense, left = small.report.multiply_adds
         return {'multiply_adds': left, 'multiply_adds_dense': dense}

@@ -359,8 +359,23 @@ def test_units_of_a_cell_are_dropped_with_its_weights(words: Path, tmp_path: Pat
     cell, dense = shipped['OptimizedLSTMCell_0'], shipped['Dense_0']
     rows = [np.asarray(layer['kernel']).any(1) for layer in
             (cell['hi'], cell['hf'], cell['hg'], cell['ho'], dense)]  # fmt: skip
-    assert summary['neurons'] == [np.any(rows, axis=0).sum(), 8]
+    neurons, state, read = (int(np.any(own, axis=0).sum()) for own in (rows, rows[:4], rows[4:]))
+    assert summary['neurons'] == [neurons, 8]
+    # Of a sequence: what the cell reads, times its gates; then the state, times the characters.
+    characters, width = shipped['Embed_0']['embedding'].shape
+    inputs = np.any([np.asarray(cell[f'i{gate}']['kernel']).any(1) for gate in 'ifgo'], 0).sum()
+    left = (inputs + state) * 4 * neurons + read * characters
+    assert summary['multiply_adds'] == LENGTH * left
+    assert summary['multiply_adds_dense'] == LENGTH * ((width + 8) * 4 * 8 + 8 * characters)
     assert sum(left for left, _ in summary['units'].values()) < 8 + 8 + 64 + 4 * 8
+
+
+@pytest.mark.parametrize('name', ['lstm', 'transformer'])
+def test_a_budget_of_multiply_adds_is_kept(name: str, words: Path, tmp_path: Path) -> None:
+    budget = ('--groups', 'units', '--unit-cost', 'flops', '--budget', '0.6', '--fine-tune', '1')
+    summary = run(tmp_path / 'run', words, '--model', name, '--epochs', '1', *budget)
+    share = summary['multiply_adds'] / summary['multiply_adds_dense']
+    assert 0.4 < share <= 0.6
 
 
 @pytest.mark.parametrize(
