@@ -43,8 +43,7 @@ class Config(config.Config):
     """Training sequences per step."""
     gates: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --groups: the gates of the LSTM cell have scales as well (Chirkova et al. 2018)."""
-    # What is for images only, or for networks that can be made smaller in training.
-    shrink: tyro.conf.Suppress[float | None] = None
+    # What is for images only.
     validation: tyro.conf.Suppress[int] = 0
     shift: tyro.conf.Suppress[int] = 0
     flip: tyro.conf.Suppress[bool] = False

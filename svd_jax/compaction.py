@@ -165,18 +165,30 @@ def compact(model: Any, variables: PyTree, *example: Any, **options: Any) -> Com
     return _Analysis(network.function(model, variables, options), variables, example).result()
 
 
-def compact_but_read(model: Any, variables: PyTree, *example: Any, **options: Any) -> Compact:
+def compact_but_read(
+    model: Any,
+    variables: PyTree,
+    example: tuple,
+    kept: Mapping[Path, Units],
+    options: dict[str, Any],
+) -> Compact:
     """As :func:`compact`, with all numbers that are left in the tree, and none in the program.
 
     Units that are constant, and are read by anything but a product, stay: where a training goes on,
-    they are still trained, and the whole tree can be made of the smaller one.
+    they are still trained, and the whole tree can be made of the smaller one. So do those entries
+    of arrays that are to be kept.
     """
     function = network.function(model, variables, options)
-    return _Analysis(function, variables, example, keep_read=True, in_loops=False).result()
+    return _Analysis(function, variables, example, keep_read=True, kept=kept).result()
 
 
 def compact_with_training(
-    model: Any, training: Callable[..., Any], variables: PyTree, *example: Any, **options: Any
+    model: Any,
+    training: Callable[..., Any],
+    variables: PyTree,
+    example: tuple,
+    kept: Mapping[Path, Units],
+    options: dict[str, Any],
 ) -> tuple[Compact, Callable[..., Any]]:
     """:func:`compact` of a network that goes on training, with its mutable collections.
 
@@ -189,6 +201,7 @@ def compact_with_training(
         ``(outputs, updates)``, the new collections by name.
       variables: its variables, with sparsified parameters under ``'params'``.
       example: as for :func:`compact`.
+      kept: entries of arrays that stay.
       options: as for :func:`compact`.
 
     Returns:
@@ -203,13 +216,10 @@ def compact_with_training(
     def analysed(
         function: Callable[..., Any], kept: Mapping[Path, Units], *wanted: Units
     ) -> '_Analysis':
-        return _Analysis(
-            function, variables, example,
-            constants=False, in_loops=False, kept=kept, wanted=wanted,
-        )  # fmt: skip
+        return _Analysis(function, variables, example, constants=False, kept=kept, wanted=wanted)
 
     # Each keeps what the other reads: more and more, until they agree.
-    kept = _only_trained(shipped, variables, example)
+    kept = {**kept, **_only_trained(shipped, variables, example)}
     while True:
         evaluation = analysed(shipped, kept)
         kept = evaluation.kept()
@@ -343,7 +353,6 @@ class _Analysis:
       keep_read: whether constant units stay where anything reads them but a product, which has
         them in a bias.
       constants: whether units that are constant go.
-      in_loops: whether units of what a loop carries go.
       kept: entries of the tree's arrays that stay, whether they are read or not.
       wanted: which entries are of the last results; of the others, all.
     """
@@ -356,12 +365,11 @@ class _Analysis:
         same_shapes: bool = False,
         keep_read: bool = False,
         constants: bool = True,
-        in_loops: bool = True,
         kept: Mapping[Path, Units] | None = None,
         wanted: Sequence[Units] = (),
     ) -> None:
         self._function, self._tree, self._same_shapes = function, tree, same_shapes
-        self._keep_read, self._in_loops = same_shapes or keep_read, in_loops
+        self._keep_read = same_shapes or keep_read
         program = self._program = trace_as_many(function, tree, *example)
         self._makers = {n: e for e in program.equations for n in e.outputs}
         leaves = jax.tree.leaves(tree)
@@ -503,8 +511,6 @@ class _Analysis:
         return use
 
     def _loop(self, at: int, equation: Equation, views: Sequence[View]) -> Loop | None:
-        if not self._in_loops:
-            return None
         wanted = [self._kept(n) if n in self._needed else None for n in equation.outputs]
         sizes = [sizes.within(at) for sizes in (self._batch, *self._others) if sizes]
         return loops.use(equation, views, wanted, sizes, self._same_shapes)

@@ -167,8 +167,13 @@ def shrink(
     sparse = jax.device_get(tree.sparsify(state.params, threshold))
     if not any(np.any(weight.values) for weight in convention.weights(sparse)):
         raise ValueError('no unit is left: the output of the network is constant')
-    smaller = _smaller(model, training, sparse, state.collections, example, options)
-    variables, kept = _by_collection(smaller.compact)
+    wanted: dict[Path, Units] = {}
+    while True:
+        smaller = _smaller(model, training, sparse, state.collections, example, options, wanted)
+        variables, kept = _by_collection(smaller.compact)
+        wanted = _alike_where_shared(state.params, kept)
+        if all(all(map(np.array_equal, units, kept[path])) for path, units in wanted.items()):
+            break
     kept = _kept_everywhere(state.params, kept)
     arrays = traverse_util.flatten_dict(variables['params'])
     before, places = dict(_leaves(state.params)), _places(state.params)
@@ -195,18 +200,25 @@ def _smaller(
     collections: dict[str, PyTree],
     example: tuple,
     options: dict[str, Any],
+    kept: Mapping[Path, Units],
 ) -> Smaller:
-    """The smaller network, evaluated and, with mutable collections, in training."""
+    """The smaller network, evaluated and, with mutable collections, in training.
+
+    It has at least the entries of parameters that are to be kept.
+    """
     if not collections:
-        return Smaller(compact_but_read(model, sparse, *example, **options))
+        return Smaller(compact_but_read(model, sparse, example, kept, options))
     if training is None:
         names = list(collections)
         raise ValueError(
             f'the state has {", ".join(names)}: pass training=, the network as it is in training, '
             f'such as functools.partial(model.apply, train=True, mutable={names})'
         )
-    variables = {'params': sparse, **collections}
-    return Smaller(*compact_with_training(model, training, variables, *example, **options))
+    variables, kept = (
+        {'params': sparse, **collections},
+        {('params', *p): u for p, u in kept.items()},
+    )
+    return Smaller(*compact_with_training(model, training, variables, example, kept, options))
 
 
 def _by_collection(small: Compact) -> tuple[dict[str, PyTree], dict[Path, Units]]:
@@ -230,6 +242,31 @@ def _posterior_paths(weight: convention.Weight) -> Iterator[str]:
         yield f'{random.path.rpartition("/")[0]}/{convention.LOG_SIGMA2}'.removeprefix('/')
 
 
+def _alike_where_shared(params: PyTree, kept: Mapping[Path, Units]) -> dict[Path, Units]:
+    """Which entries to keep of every random weight: of a scale, what any that share it keep."""
+    places = _places(params)
+    found = {
+        places[weight.path]: kept[places[weight.path]]
+        for weight in convention.weights(params)
+        if weight.randoms and places[weight.path] in kept
+    }
+    owners = [
+        (places[weight.path], random)
+        for weight in convention.weights(params)
+        for random in weight.randoms
+        if places[weight.path] in found
+    ]
+    shared: dict[str, Units] = {}
+    for path, random in owners:
+        own = _units_of_random(random, found[path])
+        others = shared.get(random.path, own)
+        shared[random.path] = tuple(a | b for a, b in zip(own, others, strict=True))
+    for path, random in owners:
+        pairs = zip(found[path], shared[random.path], strict=True)
+        found[path] = tuple(own | more if len(own) == len(more) else own for own, more in pairs)
+    return found
+
+
 def _kept_everywhere(params: PyTree, kept: Mapping[Path, Units]) -> dict[Path, Units]:
     """Which entries are kept of posteriors and scales too: as of their weights."""
     found, places = dict(kept), _places(params)
@@ -238,18 +275,17 @@ def _kept_everywhere(params: PyTree, kept: Mapping[Path, Units]) -> dict[Path, U
         if units is None:
             continue
         for random in weight.randoms:
-            own = tuple(
-                whole if size == len(whole) else np.ones(1, bool)
-                for size, whole in zip(random.location.shape, units, strict=True)
-            )
-            path = places[random.path]
-            if not all(map(np.array_equal, found.get(path, own), own)):
-                raise ValueError(
-                    f'layers that share {random.path} keep different units of it: leave these '
-                    'layers without scales that they share, or train on the whole network'
-                )
+            path, own = places[random.path], _units_of_random(random, units)
             found[path] = found[(*path[:-1], convention.LOG_SIGMA2)] = own
     return found
+
+
+def _units_of_random(random: convention.Random, units: Units) -> Units:
+    """Which entries of a weight's mean or scale go with those of the weight."""
+    return tuple(
+        whole if size == len(whole) else np.ones(1, bool)
+        for size, whole in zip(random.location.shape, units, strict=True)
+    )
 
 
 def _leaves(state: PyTree) -> list[tuple[Path, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -370,10 +371,30 @@ def test_units_of_a_cell_are_dropped_with_its_weights(words: Path, tmp_path: Pat
     assert sum(left for left, _ in summary['units'].values()) < 8 + 8 + 64 + 4 * 8
 
 
-@pytest.mark.parametrize('name', ['lstm', 'transformer'])
-def test_a_budget_of_multiply_adds_is_kept(name: str, words: Path, tmp_path: Path) -> None:
+def test_training_goes_on_on_a_smaller_network(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, shrink = [], svd.shrink
+
+    def measured(*arguments: Any, **options: Any) -> svd.Shrunk:
+        found = shrink(*arguments, **options)
+        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(found.state.params)))
+        return found
+
+    monkeypatch.setattr(svd, 'shrink', measured)
+    options = ('--groups', 'weights+units', '--group-kl-weight', '3', '--shrink', '1.01')
+    quick = ('--log-sigma2-init', '-1', '--log-sigma2-rate', '100', '--warmup', '0', '0')
+    out = tmp_path / 'run'
+    summary = run(out, words, '--epochs', '2', *options, *quick)
+    assert sizes[-1] < sizes[0]
+    shipped = svd.load(out / 'model.svd')
+    wanted = bits_per_character('lstm', shipped, words)
+    np.testing.assert_allclose(summary['bits_per_character'], wanted, rtol=1e-5)
+
+
+def test_a_budget_of_multiply_adds_is_kept(words: Path, tmp_path: Path) -> None:
     budget = ('--groups', 'units', '--unit-cost', 'flops', '--budget', '0.6', '--fine-tune', '1')
-    summary = run(tmp_path / 'run', words, '--model', name, '--epochs', '1', *budget)
+    summary = run(tmp_path / 'run', words, '--epochs', '1', *budget)
     share = summary['multiply_adds'] / summary['multiply_adds_dense']
     assert 0.4 < share <= 0.6
 

@@ -399,14 +399,37 @@ def test_it_can_be_compiled() -> None:
     assert_same(compiled(x), model.apply({'params': params}, x))
 
 
-def test_training_goes_on_on_the_whole_loop() -> None:
-    """Layers that share a scale must keep the same units of it, so a loop stays as it is."""
-    model, x = Recurrent(nn.LSTMCell), sequences(2, 5, FEATURES)
+@pytest.mark.parametrize('cell', [nn.LSTMCell, nn.OptimizedLSTMCell])
+def test_training_goes_on_on_the_neurons_that_are_left(cell: Callable[..., nn.Module]) -> None:
+    """With the same noise, the gradients are those of the whole network, where it has no noise."""
+    model, x = Recurrent(cell), sequences(2, 5, FEATURES)
     params = network(model, x)
+    if cell is nn.LSTMCell:
+        params['cell']['hf']['kernel'][1, 0] = 1  # read for one gate alone
     shared = svd.Shared('inputs', ('hf', 'hg', 'hi', 'ho'))
-    params = svd.variational(params, groups=lambda path: shared if '/h' in path else None)
+    params = svd.variational(
+        params, log_sigma2_init=-40.0, groups=lambda path: shared if '/h' in path else None
+    )
     tx = optax.adam(1e-3)
     state = svd.TrainState.create({'params': params}, tx)
     shrunk = svd.shrink(model, state, tx, x)
-    shapes, wanted = (jax.tree.map(np.shape, p['cell']) for p in (shrunk.state.params, params))
-    assert shapes == wanted
+    left = UNITS - len(UNREAD) + (cell is nn.LSTMCell)
+    for gate in 'fgio':
+        assert shrunk.state.params['cell'][f'h{gate}']['kernel'].shape == (left, left)
+    (scale,) = shrunk.state.params['cell']['groups'].values()
+    assert scale['scale'].shape == (left, 1)
+
+    def loss(network: Any, params: Any, x: jax.Array) -> jax.Array:
+        y, _ = svd.apply(network, {'params': params}, x, rngs={'noise': jax.random.key(0)})
+        return jnp.mean(y**2)
+
+    whole = jax.grad(loss, 1)(model, params, x)
+    found = jax.grad(loss, 1)(shrunk.model, shrunk.state.params, x)
+    expanded = shrunk.expand(shrunk.state.replace(params=found)).params
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expanded):
+        if path[-1].key in ('kernel', 'bias', 'scale'):
+            wanted = whole
+            for key in path:
+                wanted = wanted[key.key]
+            there = np.asarray(leaf) != 0
+            np.testing.assert_allclose(leaf[there], wanted[there], rtol=1e-3, atol=1e-6)
