@@ -318,20 +318,14 @@ class _Runner:
         function: Callable[..., Any],
         tree: PyTree,
         paths: dict[int, Path],
-        program: Program,
         plan: Plan,
     ) -> None:
         self._function, self._tree, self._paths = function, tree, paths
-        self._outline, self._plan = outline(program), plan
+        self._plan = plan
 
     def __call__(self, params: PyTree, *inputs: Any) -> Any:
         # Traced again, for the sizes of these inputs: of the weights, only their shapes are needed.
         program = trace_as_many(self._function, self._tree, *inputs)
-        if outline(program) != self._outline:
-            raise ValueError(
-                'the model does something else for inputs of this shape than for the example: '
-                'call compact again with an example of it'
-            )
         arrays = traverse_util.flatten_dict(params)
         values: dict[int, Any] = {number: arrays[path] for number, path in self._paths.items()}
         values.update(program.constants)
@@ -548,8 +542,7 @@ class _Analysis:
             self._function,
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._tree),
             {number: self._paths[number] for number in self._read()},
-            self._program,
-            Plan(tuple(steps), tuple(outputs)),
+            Plan(outline(self._program), tuple(steps), tuple(outputs)),
         )
         before = sum(self._values[number].size for number in self._weights)
         report = Report(

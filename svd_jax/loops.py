@@ -26,7 +26,7 @@ from svd_jax.plan import (
 )
 from svd_jax.program import Constant, Equation, Operand, bind
 from svd_jax.rules import RULES, Units, Use, View, everything
-from svd_jax.sizes import Resized
+from svd_jax.sizes import Resized, outline
 
 
 class Loop(NamedTuple):
@@ -212,7 +212,7 @@ class _Rounds:
             for at in sorted(uses)
             for e in [body.equations[at]]
         ]
-        return Plan(tuple(steps), tuple(map(fit, body.outputs, wanted)))
+        return Plan(outline(body), tuple(steps), tuple(map(fit, body.outputs, wanted)))
 
 
 def _either(units: Units | None, others: Units | None) -> Units | None:

@@ -11,6 +11,7 @@ from jax import lax
 from svd_jax.network import Path
 from svd_jax.program import Constant, Equation, Operand, Program, bind
 from svd_jax.rules import Fixed, Units, Use, View, everything
+from svd_jax.sizes import outline
 
 # Operands of which a zero has no finite result.
 _POLES = {
@@ -107,10 +108,12 @@ class Plan(NamedTuple):
     """A program on smaller arrays.
 
     Attributes:
+      outline: of the program that was planned.
       steps: in order.
       outputs: what is made of the results; None: they are not wanted.
     """
 
+    outline: list[tuple[str, ...]]
     steps: tuple[Step, ...]
     outputs: tuple[Fit | None, ...]
 
@@ -123,7 +126,15 @@ class Plan(NamedTuple):
           program: that was planned, for inputs of whatever size.
           values: the inputs and constants of it that are read, by number; others are added.
           arrays: of the tree, for the constants of steps.
+
+        Raises:
+          ValueError: it is another program.
         """
+        if outline(program) != self.outline:
+            raise ValueError(
+                'the model does something else for inputs of this shape than for the example: '
+                'call compact again with an example of it'
+            )
 
         def value(operand: Operand, fit: Fit | None) -> Any:
             if fit is None:

@@ -176,9 +176,7 @@ def _with_broadcasts_of(many: Program, one: Program) -> Program | None:
             found = rest.pop()
             if equation.body is not None and found.body is not None:
                 body = _with_broadcasts_of(equation.body, found.body)
-                if body is None:
-                    return None
-                found = found._replace(body=body)
+                found = found._replace(body=body or found.body)
             operands = [
                 theirs if isinstance(theirs, int) else ours
                 for theirs, ours in zip(equation.inputs, found.inputs, strict=True)
@@ -228,14 +226,10 @@ def _same_but_batch(many: Any, one: Any) -> bool:
     )
 
 
-def outline(program: Program) -> list[tuple[Any, ...]]:
+def outline(program: Program) -> list[tuple[str, ...]]:
     """What runs, and on arrays of how many axes: the same for inputs of other sizes."""
     return [
-        (
-            e.primitive.name,
-            *(len(program.shapes[number].shape) for number in e.outputs),
-            e.body and outline(e.body),
-        )
+        (e.primitive.name, *(str(len(program.shapes[number].shape)) for number in e.outputs))
         for e in program.equations
     ]
 
