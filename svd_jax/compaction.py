@@ -381,7 +381,7 @@ class _Analysis:
         self._fixed: dict[int, Fixed] = {}
         self._left: dict[str, None] = {}
         self._forwards(RULES if constants else {})
-        if self._fixed:
+        if self._fixed or self._computes_weights():
             self._forget_sizes()
         outputs = program.outputs[: len(program.outputs) - len(wanted)]
         self._wanted = [everything(np.shape(self._value(output))) for output in outputs]
@@ -403,6 +403,10 @@ class _Analysis:
     def _is_size(self, number: int, axis: int) -> bool:
         """Whether that axis of a value is longer for more examples, or for longer ones."""
         return any(axis in sizes.axes(number) for sizes in (self._batch, *self._others))
+
+    def _counts(self, at: int) -> bool:
+        """Whether an equation does something else for more examples, or for longer ones."""
+        return any(sizes.counts(at) for sizes in (self._batch, *self._others))
 
     # Forwards: which units of every value are constant.
 
@@ -437,6 +441,15 @@ class _Analysis:
                     continue
                 rows = np.moveaxis(self._values[number], axis, 0).reshape(shape[axis], -1)
                 self._fixed[number] = Fixed(axis, units, rows[:, 0])
+
+    def _computes_weights(self) -> bool:
+        """Whether anything but the tree is the same for all inputs, as far as one of them shows."""
+        return bool(self._program.constants) or any(
+            equation.primitive.name not in _RESHAPING
+            and self._depends.isdisjoint(equation.outputs)
+            and any(isinstance(i, int) for i in equation.inputs)
+            for equation in self._program.equations
+        )
 
     def _forget_sizes(self) -> None:
         """What is constant for inputs of one size alone, such as sums over them, is none.
@@ -482,7 +495,9 @@ class _Analysis:
     def _use(self, at: int, equation: Equation) -> AnyUse | None:
         views = [self._view(operand) for operand in equation.inputs]
         use = self._loop(at, equation, views) if equation.body else self._simple(equation, views)
-        if use is not None and not in_every_example(use, equation, self._is_size):
+        if use is not None and not in_every_example(
+            use, equation, self._is_size, lambda: self._counts(at)
+        ):
             use = None
         if isinstance(use, Use) and self._same_shapes:
             use = without_poles(use, equation, views)
@@ -521,9 +536,9 @@ class _Analysis:
         self._made = {
             number: units
             for at, use in self._uses.items()
-            if use is not None
+            for equation in [self._program.equations[at]]
             for number, units in zip(
-                self._program.equations[at].outputs, makes_of(use), strict=True
+                equation.outputs, makes_of(use, equation, self._program), strict=True
             )
             if units is not None
         }

@@ -142,7 +142,7 @@ class _Rounds:
             ]
             if (
                 any(operand is None for operand in operands)
-                or any(sizes.counts(at) for sizes in self._sizes)
+                or self._counts(at)
                 or not all(_is_numbers(body.shapes[n]) for n in equation.outputs)
             ):
                 continue
@@ -165,7 +165,9 @@ class _Rounds:
             found = use(equation, views, wanted, sizes, self._same_shapes)
         else:
             found = self._simple(equation, views, wanted)
-        if found is not None and not in_every_example(found, equation, self._is_size):
+        if found is not None and not in_every_example(
+            found, equation, self._is_size, lambda: self._counts(at)
+        ):
             return None
         return found
 
@@ -190,6 +192,9 @@ class _Rounds:
     def _is_size(self, number: int, axis: int) -> bool:
         return any(axis in sizes.axes(number) for sizes in self._sizes)
 
+    def _counts(self, at: int) -> bool:
+        return any(sizes.counts(at) for sizes in self._sizes)
+
     def _plan(self, uses: dict[int, AnyUse | None], wanted: Sequence[Units | None]) -> Plan:
         body = self._body
         has: dict[int, Units | None] = {
@@ -197,8 +202,8 @@ class _Rounds:
             **{number: everything(body.shapes[number].shape) for number in body.constants},
         }
         for at, found in uses.items():
-            if found is not None:
-                has.update(zip(body.equations[at].outputs, makes_of(found), strict=True))
+            equation = body.equations[at]
+            has.update(zip(equation.outputs, makes_of(found, equation, body), strict=True))
 
         def fit(operand: Operand, units: Units | None) -> Fit | None:
             if isinstance(operand, Constant) or units is None:

@@ -208,20 +208,29 @@ class Needed(dict[int, Units]):
 
 def reads_of(use: AnyUse | None, equation: Equation, program: Program) -> Sequence[Units | None]:
     """The units that are read of every operand; None: nothing."""
-    if use is not None:
-        return use.reads
-    return [
-        everything(np.shape(i.value) if isinstance(i, Constant) else program.shapes[i].shape)
-        for i in equation.inputs
-    ]
+    return _whole(equation.inputs, program) if use is None else use.reads
 
 
-def makes_of(use: AnyUse) -> Sequence[Units | None]:
+def makes_of(use: AnyUse | None, equation: Equation, program: Program) -> Sequence[Units | None]:
     """The units that are made of every result; None: it is not wanted."""
+    if use is None:
+        return _whole(equation.outputs, program)
     return (use.makes,) if isinstance(use, Use) else use.makes
 
 
-def in_every_example(use: AnyUse, equation: Equation, is_size: Callable[[int, int], bool]) -> bool:
+def _whole(operands: Sequence[Operand], program: Program) -> list[Units]:
+    return [
+        everything(np.shape(i.value) if isinstance(i, Constant) else program.shapes[i].shape)
+        for i in operands
+    ]
+
+
+def in_every_example(
+    use: AnyUse,
+    equation: Equation,
+    is_size: Callable[[int, int], bool],
+    counts: Callable[[], bool],
+) -> bool:
     """Whether the same units are read and made of every example, and wherever in it.
 
     Args:
@@ -229,11 +238,18 @@ def in_every_example(use: AnyUse, equation: Equation, is_size: Callable[[int, in
       equation: with its operands and results.
       is_size: whether an axis of a value, by its number, has as many entries as there are examples,
         or positions.
+      counts: whether the equation does something else where there are more of those.
     """
+    made = (use.makes,) if isinstance(use, Use) else use.makes
+    every = (*use.reads, *made)
+    if isinstance(use, Use) and equation.primitive is lax.slice_p:
+        taken = zip(use.reads[0], use.makes, strict=True)
+        if any(len(own) != len(piece) and not own.all() for own, piece in taken) and counts():
+            return False  # it takes other units
     operands = (*equation.inputs, *equation.outputs)
     return not any(
         is_size(number, axis)
-        for number, units in zip(operands, (*use.reads, *makes_of(use)), strict=True)
+        for number, units in zip(operands, every, strict=True)
         if isinstance(number, int) and units is not None
         for axis, own in enumerate(units)
         if not own.all()

@@ -313,7 +313,7 @@ def _slice_constant(equation: Equation, views: Sequence[View], shape: Shape) -> 
 def _slice(equation: Equation, views: Sequence[View], shape: Shape, wanted: Units) -> Use:
     before, reads, makes = views[0].shape, list(everything(views[0].shape)), list(everything(shape))
     # Where all of a piece is wanted it is cut out of the whole: there may be more of that.
-    whole = [n != m and w.all() for n, m, w in zip(before, shape, wanted, strict=True)]
+    whole = [bool(w.all()) for w in wanted]
     for axis, piece in enumerate(_sliced(equation, len(shape))):
         if not whole[axis]:
             reads[axis] = np.zeros(before[axis], bool)

@@ -139,6 +139,8 @@ class Resized:
             return any(own & set(over) for own, over in zip(axes, contracted, strict=True))
         if name == 'conv_general_dilated':
             return bool(axes[0] - {params['dimension_numbers'].lhs_spec[0]} or axes[1])
+        if name == 'rev':  # what is last comes first
+            return bool(axes[0] & set(params['dimensions']))
         if 'window_dimensions' in params:
             return any(params['window_dimensions'][axis] != 1 for axis in axes[0])
         return name.startswith(('reduce_', 'arg')) and bool(axes[0] & set(params.get('axes', ())))

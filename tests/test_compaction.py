@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
+from jax import export, lax
 
 import svd_jax as svd
 from sparse_networks import (
@@ -641,6 +641,36 @@ def test_units_go_through_cuts(name: str) -> None:
     assert small.params['Dense_0']['kernel'].shape == (3, np.count_nonzero(made))
     for others in (x, -x[:1], jnp.concatenate([x, x**2])):
         assert_same(small(others), model({'params': params}, others))
+
+
+BY_LENGTH = {
+    'the last five': lambda h: lax.slice_in_dim(h, h.shape[1] - 5, h.shape[1], axis=1),
+    'the rest of a split': lambda h: jnp.split(h, [h.shape[1] - 5], axis=1)[1],
+    'backwards': lambda h: h * jnp.arange(h.shape[1])[::-1][None, :, None],
+    'a window': lambda h: lax.slice_in_dim(
+        jnp.concatenate([h, 2 * h, 3 * h, h], 2), h.shape[1] - 5, h.shape[1] - 1, axis=2
+    ),
+    'a mask': lambda h: h @ jnp.diag(jnp.asarray(np.arange(4) < h.shape[1] - 4, float)),
+}
+
+
+@pytest.mark.parametrize('name', BY_LENGTH)
+def test_what_is_taken_may_depend_on_the_length(name: str) -> None:
+    taken, params = BY_LENGTH[name], two_layers()
+
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        first, second = variables['params']['Dense_0'], variables['params']['Dense_1']
+        h = jnp.tanh(x @ first['kernel'] + first['bias'][None, None])
+        return taken(h) @ second['kernel']
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 10, 3)), jnp.float32)
+    for length in (5, 6, 8):
+        small = svd.compact(model, params, x[:, :length])
+        folded = svd.fold(model, params, x[:, :length])
+        for others in (x[:, :5], x[:, :7], x[:1, :9], x):
+            wanted = model({'params': params}, others)
+            assert_same(small(others), wanted)
+            assert_same(model({'params': folded}, others), wanted)
 
 
 @pytest.mark.parametrize('mode', ['fill', 'clip'])

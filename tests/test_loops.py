@@ -306,6 +306,26 @@ def test_what_works_across_examples_or_units(name: str) -> None:
         assert_same(small(others), model({'params': params}, others))
 
 
+def test_what_is_taken_in_a_loop_may_depend_on_the_length() -> None:
+    def model(variables: Any, x: jax.Array) -> jax.Array:
+        params, length = variables['params'], x.shape[1]
+        mask = jnp.asarray(np.arange(4) < length - 2, jnp.float32)
+
+        def round_(h: jax.Array, _: Any) -> Any:
+            h = jnp.tanh(h @ (mask[:, None] * params['again']['kernel']))
+            return h, lax.slice_in_dim(h, length - 3, length, axis=1)
+
+        start = jnp.tanh(x @ params['first']['kernel'])
+        _, made = lax.scan(round_, start, None, length=2)
+        return made @ params['last']['kernel']
+
+    params, x = own_params(), sequences(2, 8, 3)
+    for length in (3, 4, 6):
+        small = svd.compact(model, params, x[:, :length])
+        for others in (x[:, :3], x[:1, :5], x):
+            assert_same(small(others), model({'params': params}, others))
+
+
 def test_numbers_and_keys_are_carried_too() -> None:
     def model(variables: Any, x: jax.Array) -> jax.Array:
         params = variables['params']
