@@ -57,10 +57,12 @@ class Loop(NamedTuple):
             results = self.plan.run(body, values)
             return list(map(_as_before, carry, results)), results[carried:]
 
-        # Where there is None there is nothing: to JAX, a tree without leaves.
+        # Where there is None there is nothing: to JAX, a tree without leaves. The length may be a
+        # name, as in jax.export, which JAX takes of the arrays alone.
+        carry, scanned = list(operands[consts:first]), list(operands[first:])
+        length = None if jax.tree.leaves(scanned) else params['length']
         after, made = lax.scan(
-            round_, list(operands[consts:first]), list(operands[first:]), params['length'],
-            reverse=params['reverse'], unroll=params['unroll'],
+            round_, carry, scanned, length, reverse=params['reverse'], unroll=params['unroll'],
         )  # fmt: skip
         return [*after, *made]
 
@@ -234,9 +236,9 @@ def _same(units: Units | None, others: Units | None) -> bool:
 
 def _as_before(before: Any, after: Any) -> Any:
     """What a round makes of what it carries: a number that is written in it is no array yet."""
-    return (
-        after if after is None or isinstance(after, jax.Array) else jnp.asarray(after, before.dtype)
-    )
+    if after is None or isinstance(after, jax.Array):
+        return after
+    return jnp.asarray(after, before.dtype)
 
 
 def _is_numbers(value: Any) -> bool:

@@ -61,8 +61,9 @@ class Fit(NamedTuple):
 
 def _taken(x: jax.Array, places: np.ndarray, axis: int) -> jax.Array:
     """The entries at these places along an axis; in a row, as pieces of a split are, a slice."""
-    if len(places) and np.all(np.diff(places) == 1):
-        return lax.slice_in_dim(x, int(places[0]), int(places[-1]) + 1, axis=axis)
+    if np.all(np.diff(places) == 1):
+        first = int(places[0]) if len(places) else 0
+        return lax.slice_in_dim(x, first, first + len(places), axis=axis)
     return jnp.take(x, places, axis)
 
 

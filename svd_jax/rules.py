@@ -319,8 +319,16 @@ def _slice(equation: Equation, views: Sequence[View], shape: Shape, wanted: Unit
             reads[axis] = np.zeros(before[axis], bool)
             reads[axis][piece] = makes[axis] = wanted[axis]
 
+    planned = _sliced(equation, len(shape))
+
     def adapt(params: dict[str, Any], smaller: Shape) -> dict[str, Any]:
         cut = _sliced(equation._replace(params=params), len(smaller))
+        for own, other, w in zip(planned, cut, whole, strict=True):
+            if not w and (own.start, own.step) != (other.start, other.step):
+                raise ValueError(
+                    'the model takes other units for inputs of this shape than for the example: '
+                    'call compact again with an example of it'
+                )
         cut = [c if w else slice(0, n, 1) for c, w, n in zip(cut, whole, smaller, strict=True)]
         return params | {
             'start_indices': tuple(c.start for c in cut),

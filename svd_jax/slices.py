@@ -78,9 +78,9 @@ def written_out(program: Program) -> Program:
 
 def _pieces(params: dict[str, Any], shape: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Where the pieces of a split start and end."""
-    ends = itertools.accumulate(map(int, params['sizes']), initial=0)
-    start, limit = [0] * len(shape), list(shape)
-    for start[params['axis']], limit[params['axis']] in itertools.pairwise(ends):
+    axis, start, limit = params['axis'], [0] * len(shape), list(shape)
+    for first, end in itertools.pairwise(itertools.accumulate(params['sizes'], initial=0)):
+        start[axis], limit[axis] = first, end
         yield {'start_indices': tuple(start), 'limit_indices': tuple(limit)}
 
 

@@ -412,6 +412,16 @@ def test_it_can_be_vmapped_and_exported_for_any_batch_size() -> None:
     assert_same(export.export(jax.jit(small))(like).call(x), wanted)
 
 
+def test_it_can_be_exported_for_sequences_of_any_length() -> None:
+    model, x = Recurrent(), sequences(2, 5, FEATURES)
+    small = svd.compact(model, network(model, x), x)
+    batch, length = export.symbolic_shape('batch, length')
+    like = jax.ShapeDtypeStruct((batch, length, FEATURES), x.dtype)
+    exported = export.export(jax.jit(small))(like)
+    for others in (x, sequences(3, 9, FEATURES)):
+        assert_same(exported.call(others), small(others))
+
+
 def test_it_can_be_compiled() -> None:
     model, x = Recurrent(read=lambda h: h[:, -1]), sequences(2, 5, FEATURES)
     params = network(model, x)

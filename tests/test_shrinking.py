@@ -446,3 +446,28 @@ def test_layers_may_be_numbered(tree: Any) -> None:
         numbered({'params': svd.sparsify(whole)}, x),
         numbered({'params': svd.sparsify(params)}, x), rtol=1e-5, atol=1e-6,
     )  # fmt: skip
+
+
+def test_a_layer_that_nothing_reads_shares_a_scale_with_one_that_is_read() -> None:
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.tanh(nn.Dense(6, name='first')(x))
+            a, b = nn.Dense(4, name='a')(h), nn.Dense(4, name='b')(h)
+            return nn.Dense(3, name='of_a')(nn.tanh(a)) + nn.Dense(3, name='of_b')(nn.tanh(b))
+
+    model, x, rng = Shared(), jnp.ones((2, 4)), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
+    dense = jax.tree.map(lambda a: rng.uniform(0.1, 0.7, a.shape).astype(np.float32), shapes)
+    dense['of_b']['kernel'][:] = dense['a']['kernel'][2] = 0
+    together = svd.Shared('inputs', ('a', 'b'))
+    params = svd.variational(
+        dense, log_sigma2_init=-40.0,
+        groups=lambda path: together if path.split('/')[-2] in 'ab' else None,
+    )  # fmt: skip
+    tx = optax.adam(1e-3)
+    shrunk = svd.shrink(model, svd.TrainState.create({'params': params}, tx), tx, x)
+    assert shrunk.state.params['a']['kernel'].shape == (5, 4)
+    rngs = {'noise': jax.random.key(0)}
+    y, _ = svd.apply(shrunk.model, shrunk.state.variables, x, rngs=rngs)
+    np.testing.assert_allclose(y, model.apply({'params': dense}, x), rtol=1e-5)
