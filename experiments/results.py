@@ -570,15 +570,20 @@ def body(section: Section, summaries: list[tuple[Path, Summary]]) -> Iterator[st
         yield files_table(section, tested(runs))
         if name.startswith('lenet'):
             yield 'Ours by bytes, from exact to coarse files: [files.md](files.md).'
-    if name in published.UNITS:
+    rows = [*units_rows(section, tested(runs)), *published_units(section)]
+    if rows:
         yield '### By whole units'
-        yield (
+        text = (
             'What is left, layer by layer. How ours are trained is in [units.md](units.md), how '
-            'fast sparse networks are in\n[inference.md](inference.md). The code of Structured '
-            'Bayesian Pruning keeps the checkpoint of best test accuracy: its\nerrors are '
-            'optimistic.'
-        )  # fmt: skip
-        yield table([*units_rows(section, tested(runs)), *published_units(section)])
+            'fast sparse networks are in\n[inference.md](inference.md).'
+        )
+        if name in published.UNITS:
+            text += (
+                ' The code of Structured Bayesian Pruning keeps the checkpoint of best test '
+                'accuracy: its\nerrors are optimistic.'
+            )
+        yield text
+        yield table(rows)
 
 
 def on_held_out(section: Section, runs: list[Run]) -> Iterator[str]:
