@@ -167,6 +167,7 @@ def shrink(
     sparse = jax.device_get(tree.sparsify(state.params, threshold))
     if not any(np.any(weight.values) for weight in convention.weights(sparse)):
         raise ValueError('no unit is left: the output of the network is constant')
+    # What layers that share a scale keep of it: more and more, until they agree.
     wanted: dict[Path, Units] = {}
     while True:
         smaller = _smaller(model, training, sparse, state.collections, example, options, wanted)
@@ -214,10 +215,8 @@ def _smaller(
             f'the state has {", ".join(names)}: pass training=, the network as it is in training, '
             f'such as functools.partial(model.apply, train=True, mutable={names})'
         )
-    variables, kept = (
-        {'params': sparse, **collections},
-        {('params', *p): u for p, u in kept.items()},
-    )
+    variables = {'params': sparse, **collections}
+    kept = {('params', *path): units for path, units in kept.items()}
     return Smaller(*compact_with_training(model, training, variables, example, kept, options))
 
 
