@@ -34,7 +34,7 @@ from svd_jax.plan import (
     reads_of,
     without_poles,
 )
-from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, trace
+from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, names, trace
 from svd_jax.rules import RULES, Fixed, Rule, Units, Use, View, everything
 from svd_jax.sizes import Resized, outline, trace_as_many
 from svd_jax.tree import PerPath
@@ -572,9 +572,9 @@ class _Analysis:
 
     def random(self) -> str | None:
         """Where random numbers are drawn that the results depend on, if they are."""
-        for at in self._uses:
+        for at, use in self._uses.items():
             equation = self._program.equations[at]
-            if equation.primitive.name.startswith(_RANDOM):
+            if _draws(equation, use):
                 return equation.where or 'the model'
         return None
 
@@ -757,6 +757,13 @@ def _layer(equation: Equation, use: Use, program: Program, name: str, times: int
         for weights, inputs in [(operands[work.weights], operands[1 - work.weights])]
     ]  # fmt: skip
     return Layer(name, *zip(*counts, strict=True))
+
+
+def _draws(equation: Equation, use: AnyUse | None) -> bool:
+    """Whether an equation draws random numbers, in what runs of it."""
+    if isinstance(use, Loop) and equation.body is not None:
+        return any(_draws(equation.body.equations[step.at], step.use) for step in use.plan.steps)
+    return any(name.startswith(_RANDOM) for name in names(equation.primitive, equation.params))
 
 
 def _product(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:

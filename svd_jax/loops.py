@@ -36,13 +36,13 @@ class Loop(NamedTuple):
       reads: of every operand, the units that it must have; None: it is not read.
       makes: of every result, the units that it then has; None: it is not made.
       plan: of a round.
-      left: as of :class:`svd_jax.rules.Use`.
+      left: as of :class:`svd_jax.rules.Use`, of operands with constant units.
     """
 
     reads: tuple[Units | None, ...]
     makes: tuple[Units | None, ...]
     plan: Plan
-    left: str = ''
+    left: str = 'constants stay in a loop'
 
     def run(self, equation: Equation, operands: Sequence[Any]) -> list[Any]:
         """The results, None for those that are not made, of operands, None where not read."""

@@ -7,7 +7,7 @@ The numbers depend on the function, not on the sizes of its arguments: a program
 another batch size has the same ones.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -136,6 +136,15 @@ def _written_out(closed: core.ClosedJaxpr) -> Program:
     arguments = tuple(number(var.aval) for var in closed.jaxpr.invars)
     outputs = inline(closed.jaxpr, closed.consts, arguments)
     return Program(arguments, constants, tuple(equations), tuple(outputs), shapes, None)
+
+
+def names(primitive: Any, params: dict[str, Any]) -> Iterator[str]:
+    """The name of a primitive, and of those in the programs that its parameters hold."""
+    yield primitive.name
+    for held in jax.tree.leaves(list(params.values())):
+        if isinstance(held, core.Jaxpr | core.ClosedJaxpr):
+            for eqn in closed_jaxpr(held).jaxpr.eqns:
+                yield from names(eqn.primitive, eqn.params)
 
 
 def bind(equation: Equation, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:

@@ -191,20 +191,8 @@ def _conv(operation: _Operation) -> None:
 
 def _gather(operation: _Operation) -> None:
     """Whole axes of the slices that are taken, such as the features of an embedding."""
-    (operand, indices), (result,) = operation.operands, operation.results
-    numbers, sizes = operation.params['dimension_numbers'], operation.params['slice_sizes']
-    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    kept = [axis for axis in range(len(operand)) if axis not in dropped]
-    _fix_axes(indices)
-    places = dict(zip(kept, numbers.offset_dims, strict=True))
-    for at, axis in enumerate(operand):
-        if at in places and sizes[at] == _size(axis):
-            _tie(axis, result[places[at]])
-        else:
-            _fix(axis)
-    for at, axis in enumerate(result):
-        if at not in places.values():
-            _fix(axis)
+    _fix_axes(operation.operands[1])
+    _moved(rules.gathered_axes)(operation)
 
 
 _TIES: dict[str, Callable[[_Operation], None]] = {

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import svd_jax as svd
 from experiments.models import VGGLike
@@ -386,6 +387,58 @@ def test_random_numbers_in_training_are_refused(run: Run) -> None:
     )
     with pytest.raises(ValueError, match='draws random numbers in training'):
         svd.shrink(model, run.state, run.tx, x, training=training, train=False)
+
+
+class DroppedInLoops(nn.Module):
+    """Dropout along time in training, in a loop that is written as one, or in a branch."""
+
+    branch: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        keys = jax.random.split(jax.random.key(0), 3)
+
+        def dropped(h: jax.Array, key: jax.Array) -> jax.Array:
+            return jnp.where(jax.random.bernoulli(key, 0.5, h.shape), h, 0)
+
+        if train and self.branch:
+            x = lax.cond(x.sum() > 0, dropped, lambda h, _: h, x, keys[0])
+        elif train:
+            x, _ = lax.scan(lambda h, key: (dropped(h, key), ()), x, keys)
+        return nn.Dense(2)(x)
+
+
+@pytest.mark.parametrize('branch', [True, False])
+def test_so_are_those_in_loops_and_branches(branch: bool) -> None:
+    model, x, tx = DroppedInLoops(branch), jnp.ones((4, 3)), optax.adam(1e-3)
+    variables = model.init(jax.random.key(0), x, train=False)
+    params = svd.variational(variables['params'], where='Dense_0')
+    state = svd.TrainState.create({**variables, 'params': params}, tx)
+    training = partial(model.apply, train=True, mutable=['batch_stats'])
+    with pytest.raises(ValueError, match='draws random numbers in training'):
+        svd.shrink(model, state, tx, x, training=training, train=False)
+
+
+def test_a_loop_without_them_is_trained_on() -> None:
+    model, x, tx = Recurring(), jnp.ones((4, 5, 3)), optax.adam(1e-3)
+    variables = model.init(jax.random.key(0), x, train=False)
+    params = svd.variational(variables['params'], where=(), groups={'Dense_1': 'inputs'})
+    scales = params['Dense_1']['groups']['inputs']
+    scales['log_sigma2'] = scales['log_sigma2'].at[0, 0].set(9.0)
+    state = svd.TrainState.create({**variables, 'params': params}, tx)
+    training = partial(model.apply, train=True, mutable=['batch_stats'])
+    small = svd.shrink(model, state, tx, x, training=training, train=False)
+    assert small.state.params['Dense_1']['kernel'].shape == (5, 2)
+
+
+class Recurring(nn.Module):
+    """A cell whose loop is given keys that it makes nothing of, as Flax's are."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        return nn.Dense(2, name='Dense_1')(nn.RNN(nn.SimpleCell(6))(x))
 
 
 def test_without_collections_nothing_is_mutable(started: Any) -> None:
