@@ -32,7 +32,6 @@ from svd_jax.plan import (
     in_every_example,
     makes_of,
     reads_of,
-    varying,
     without_poles,
 )
 from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, names, trace
@@ -365,7 +364,6 @@ class _Analysis:
     ) -> None:
         self._function, self._tree, self._same_shapes = function, tree, same_shapes
         self._keep_read = same_shapes or keep_read
-        self._constants = constants
         program = self._program = trace_as_many(function, tree, *example)
         self._makers = {n: e for e in program.equations for n in e.outputs}
         leaves = jax.tree.leaves(tree)
@@ -482,9 +480,12 @@ class _Analysis:
 
     def _kept(self, number: int) -> Units:
         """The units that the smaller array of a value has: those that are read and vary."""
+        units = [np.array(u) for u in self._needed[number]]
         # In arrays of the same shapes a unit that is read is there, constant or not.
         fixed = None if self._keep_read else self._fixed.get(number)
-        return varying(self._needed[number], fixed)
+        if fixed is not None and (units[fixed.axis] & ~fixed.units).any():
+            units[fixed.axis] &= ~fixed.units
+        return tuple(units)
 
     def _backwards(self) -> dict[int, AnyUse | None]:
         for output, units in zip(self._program.outputs, self._wanted, strict=True):
@@ -521,9 +522,7 @@ class _Analysis:
     def _loop(self, at: int, equation: Equation, views: Sequence[View]) -> Loop | None:
         wanted = [self._kept(n) if n in self._needed else None for n in equation.outputs]
         sizes = [sizes.within(at) for sizes in (self._batch, *self._others) if sizes]
-        # Where constants stay if they are read, those in a loop do: they are in no bias.
-        constants = self._constants and not self._keep_read
-        return loops.use(equation, views, wanted, sizes, self._same_shapes, constants)
+        return loops.use(equation, views, wanted, sizes, self._same_shapes)
 
     # The plan: the smaller arrays, and the steps that run on them.
 

@@ -2,11 +2,9 @@
 
 A hidden unit is read by whatever reads the results of the loop, and in the next round by others
 that are read, or by itself alone. So what is needed of the carry is asked for again and again, from
-the results backwards through a round, until no more is. What is the same in all rounds for all
-inputs, such as a gate that no weight leads to, is put in where it is read.
+the results backwards through a round, until no more is.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +22,10 @@ from svd_jax.plan import (
     in_every_example,
     makes_of,
     reads_of,
-    varying,
     without_poles,
 )
 from svd_jax.program import Constant, Equation, Operand, bind
-from svd_jax.rules import RULES, Fixed, Units, Use, View, everything
+from svd_jax.rules import RULES, Units, Use, View, everything
 from svd_jax.sizes import Resized, outline
 
 
@@ -39,13 +36,13 @@ class Loop(NamedTuple):
       reads: of every operand, the units that it must have; None: it is not read.
       makes: of every result, the units that it then has; None: it is not made.
       plan: of a round.
-      left: as of :class:`svd_jax.rules.Use`.
+      left: as of :class:`svd_jax.rules.Use`, of operands with constant units.
     """
 
     reads: tuple[Units | None, ...]
     makes: tuple[Units | None, ...]
     plan: Plan
-    left: str = ''
+    left: str = 'constants stay in a loop'
 
     def run(self, equation: Equation, operands: Sequence[Any]) -> list[Any]:
         """The results, None for those that are not made, of operands, None where not read."""
@@ -76,7 +73,6 @@ def use(
     wanted: Sequence[Units | None],
     sizes: Sequence[Resized],
     same_shapes: bool,
-    constants: bool,
 ) -> Loop | None:
     """How a ``lax.scan`` makes what is wanted of its results, on as little as it can.
 
@@ -86,14 +82,13 @@ def use(
       wanted: of its results; None: nothing.
       sizes: a round of it beside the same one for inputs of other sizes.
       same_shapes: whether arrays keep their shapes, with zeros for what is not read.
-      constants: whether units that are constant go.
 
     Returns:
       None if it does something else for inputs of other sizes.
     """
     if not all(sizes):
         return None
-    return _Rounds(equation, views, sizes, same_shapes, constants).use(wanted)
+    return _Rounds(equation, views, sizes, same_shapes).use(wanted)
 
 
 class _Rounds:
@@ -105,16 +100,12 @@ class _Rounds:
         views: Sequence[View],
         sizes: Sequence[Resized],
         same_shapes: bool,
-        constants: bool,
     ) -> None:
         assert equation.body is not None
         self._body, self._sizes, self._same_shapes = equation.body, sizes, same_shapes
         self._consts, self._carried = (equation.params[f'num_{n}'] for n in ('consts', 'carry'))
         self._rounds = equation.params['length']
         self._known = self._evaluated(views[: self._consts])
-        self._constants, self._fixed = constants, dict[int, Fixed]()
-        if constants:
-            self._forwards()
 
     def use(self, wanted: Sequence[Units | None]) -> Loop:
         first = self._consts + self._carried
@@ -161,38 +152,6 @@ class _Rounds:
             known.update(zip(equation.outputs, map(np.asarray, results), strict=True))
         return known
 
-    def _forwards(self) -> None:
-        """Finds the constant units of every value."""
-        for at, equation in enumerate(self._body.equations):
-            rule = RULES.get(equation.primitive.name)
-            if rule is None or equation.outputs[0] in self._known or self._counts(at):
-                continue
-            (number,) = equation.outputs
-            shape = self._body.shapes[number].shape
-            outcome = rule.constant(equation, list(map(self._view, equation.inputs)), shape)
-            axis, units = outcome or (0, np.zeros(1, bool))
-            if units.any() and math.prod(shape) and not self._is_size(number, axis):
-                operands = list(map(self._constants_of, equation.inputs))
-                (result,) = bind(equation, operands, equation.params)
-                rows = np.moveaxis(np.asarray(result), axis, 0).reshape(shape[axis], -1)
-                self._fixed[number] = Fixed(axis, units, rows[:, 0])
-
-    def _constants_of(self, operand: Operand) -> Any:
-        """An operand with zeros for what varies, on which no constant depends."""
-        view = self._view(operand)
-        if view.value is not None or isinstance(operand, Constant):
-            return view.value
-        found = np.zeros(view.shape, self._body.shapes[operand].dtype)
-        if view.fixed is not None:
-            axis, units, values = view.fixed
-            np.moveaxis(found, axis, -1)[..., units] = values[units]
-        return found
-
-    def _kept(self, number: int) -> Units | None:
-        """The units that are made of a value: of those that are needed, those that vary."""
-        units = self._needed.get(number)
-        return None if units is None else varying(units, self._fixed.get(number))
-
     def _backwards(self, wanted: Sequence[Units | None]) -> dict[int, AnyUse | None]:
         self._needed = Needed()
         for output, units in zip(self._body.outputs, wanted, strict=True):
@@ -201,12 +160,11 @@ class _Rounds:
 
     def _use_of(self, at: int, equation: Equation) -> AnyUse | None:
         found: AnyUse | None
-        # Constants are put in where they are read: there is no bias in a round to add them to.
-        views = [self._view(operand)._replace(fixed=None) for operand in equation.inputs]
-        wanted = list(map(self._kept, equation.outputs))
+        views = list(map(self._view, equation.inputs))
+        wanted = [self._needed.get(number) for number in equation.outputs]
         if equation.body is not None:
             sizes = [sizes.within(at) for sizes in self._sizes]
-            found = use(equation, views, wanted, sizes, self._same_shapes, self._constants)
+            found = use(equation, views, wanted, sizes, self._same_shapes)
         else:
             found = self._simple(equation, views, wanted)
         if found is not None and not in_every_example(
@@ -231,8 +189,7 @@ class _Rounds:
         if isinstance(operand, Constant):
             value = np.asarray(operand.value)
             return View(value.shape, value, None)
-        shape = self._body.shapes[operand].shape
-        return View(shape, self._known.get(operand), self._fixed.get(operand))
+        return View(self._body.shapes[operand].shape, self._known.get(operand), None)
 
     def _is_size(self, number: int, axis: int) -> bool:
         return any(axis in sizes.axes(number) for sizes in self._sizes)
@@ -255,7 +212,7 @@ class _Rounds:
                 return None if units is None else Fit({}, None)
             own = has[operand]
             assert own is not None
-            return Fit.between(own, units, self._fixed.get(operand))
+            return Fit.between(own, units)
 
         steps = [
             Step(at, tuple(map(fit, e.inputs, reads_of(uses[at], e, body))), uses[at])

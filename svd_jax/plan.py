@@ -207,15 +207,6 @@ class Needed(dict[int, Units]):
         return uses
 
 
-def varying(units: Units, fixed: Fixed | None) -> Units:
-    """Of these units, those that are not constant; if all are, all, since an array has some."""
-    if fixed is None or not (units[fixed.axis] & ~fixed.units).any():
-        return units
-    return tuple(
-        own & ~fixed.units if axis == fixed.axis else own for axis, own in enumerate(units)
-    )
-
-
 def reads_of(use: AnyUse | None, equation: Equation, program: Program) -> Sequence[Units | None]:
     """The units that are read of every operand; None: nothing."""
     return _whole(equation.inputs, program) if use is None else use.reads
