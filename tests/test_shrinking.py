@@ -390,14 +390,20 @@ def test_random_numbers_in_training_are_refused(run: Run) -> None:
 
 
 class DroppedInLoops(nn.Module):
-    """Dropout along time in training, in a loop that is written as one, or in a branch."""
+    """Dropout in training in a loop, or in a branch, and no other random numbers.
 
+    Attributes:
+      keys: raw ones, which only the loop or the branch makes keys of.
+      branch: rather than the loop.
+    """
+
+    keys: tuple[tuple[int, int], ...]
     branch: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-        keys = jax.random.split(jax.random.key(0), 3)
+        keys = np.asarray(self.keys, np.uint32)
 
         def dropped(h: jax.Array, key: jax.Array) -> jax.Array:
             return jnp.where(jax.random.bernoulli(key, 0.5, h.shape), h, 0)
@@ -411,13 +417,22 @@ class DroppedInLoops(nn.Module):
 
 @pytest.mark.parametrize('branch', [True, False])
 def test_so_are_those_in_loops_and_branches(branch: bool) -> None:
-    model, x, tx = DroppedInLoops(branch), jnp.ones((4, 3)), optax.adam(1e-3)
+    model, x, tx = DroppedInLoops(((0, 1), (0, 2)), branch), jnp.ones((4, 3)), optax.adam(1e-3)
     variables = model.init(jax.random.key(0), x, train=False)
     params = svd.variational(variables['params'], where='Dense_0')
     state = svd.TrainState.create({**variables, 'params': params}, tx)
     training = partial(model.apply, train=True, mutable=['batch_stats'])
     with pytest.raises(ValueError, match='draws random numbers in training'):
         svd.shrink(model, state, tx, x, training=training, train=False)
+
+
+class Recurring(nn.Module):
+    """A cell along time, which draws nothing."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        return nn.Dense(2, name='Dense_1')(nn.RNN(nn.SimpleCell(6))(x))
 
 
 def test_a_loop_without_them_is_trained_on() -> None:
@@ -430,15 +445,6 @@ def test_a_loop_without_them_is_trained_on() -> None:
     training = partial(model.apply, train=True, mutable=['batch_stats'])
     small = svd.shrink(model, state, tx, x, training=training, train=False)
     assert small.state.params['Dense_1']['kernel'].shape == (5, 2)
-
-
-class Recurring(nn.Module):
-    """A cell whose loop is given keys that it makes nothing of, as Flax's are."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-        return nn.Dense(2, name='Dense_1')(nn.RNN(nn.SimpleCell(6))(x))
 
 
 def test_without_collections_nothing_is_mutable(started: Any) -> None:
