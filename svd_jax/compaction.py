@@ -34,7 +34,16 @@ from svd_jax.plan import (
     reads_of,
     without_poles,
 )
-from svd_jax.program import Constant, Equation, Operand, Program, bind, evaluate, names, trace
+from svd_jax.program import (
+    Constant,
+    Equation,
+    Operand,
+    Program,
+    bind,
+    evaluate,
+    primitive_names,
+    trace,
+)
 from svd_jax.rules import RULES, Fixed, Rule, Units, Use, View, everything
 from svd_jax.sizes import Resized, outline, trace_as_many
 from svd_jax.tree import PerPath
@@ -763,7 +772,7 @@ def _draws(equation: Equation, use: AnyUse | None) -> bool:
     """Whether an equation draws random numbers, in what runs of it."""
     if isinstance(use, Loop) and equation.body is not None:
         return any(_draws(equation.body.equations[step.at], step.use) for step in use.plan.steps)
-    return any(name.startswith(_RANDOM) for name in names(equation.primitive, equation.params))
+    return any(name.startswith(_RANDOM) for name in primitive_names(equation))
 
 
 def _product(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:

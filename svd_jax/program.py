@@ -138,13 +138,13 @@ def _written_out(closed: core.ClosedJaxpr) -> Program:
     return Program(arguments, constants, tuple(equations), tuple(outputs), shapes, None)
 
 
-def names(primitive: Any, params: dict[str, Any]) -> Iterator[str]:
-    """The name of a primitive, and of those in the programs that its parameters hold."""
-    yield primitive.name
-    for held in jax.tree.leaves(list(params.values())):
+def primitive_names(equation: Any) -> Iterator[str]:
+    """The name of the primitive of an equation, ours or JAX's, and of those in programs within."""
+    yield equation.primitive.name
+    for held in jax.tree.leaves(list(equation.params.values())):
         if isinstance(held, core.Jaxpr | core.ClosedJaxpr):
             for eqn in closed_jaxpr(held).jaxpr.eqns:
-                yield from names(eqn.primitive, eqn.params)
+                yield from primitive_names(eqn)
 
 
 def bind(equation: Equation, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:

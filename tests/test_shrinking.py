@@ -432,7 +432,7 @@ class Recurring(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-        return nn.Dense(2, name='Dense_1')(nn.RNN(nn.SimpleCell(6))(x))
+        return nn.Dense(2)(nn.RNN(nn.SimpleCell(6))(x))
 
 
 def test_a_loop_without_them_is_trained_on() -> None:
