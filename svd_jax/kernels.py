@@ -30,7 +30,7 @@ ADD, SUB, MUL, DIV, MAX, MIN = range(6)
 ABS, EXP, LOG, LOGISTIC, NEG, RSQRT, SQRT, SQUARE, TANH = range(9)
 
 # The columns of the table; what they mean is said where an operation reads them.
-COLUMNS = 17
+COLUMNS = 18
 
 
 class _Vector(types.Type):
@@ -58,6 +58,12 @@ def _broadcast(builder: Any, scalar: Any) -> Any:
     first = builder.insert_element(ir.Constant(_ir_vector, ir.Undefined), scalar, zero)
     mask = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
     return builder.shuffle_vector(first, ir.Constant(_ir_vector, ir.Undefined), mask)
+
+
+def _maximum(builder: Any, a: Any, b: Any) -> Any:
+    kind = ir.FunctionType(_ir_vector, [_ir_vector, _ir_vector])
+    name = f'llvm.maximum.v{WIDTH}f32'
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), (a, b))
 
 
 @intrinsic
@@ -117,49 +123,118 @@ def _larger(typing: Any, a: Any, b: Any) -> Any:
     """The larger of two, NaN if one is."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(_ir_vector, [_ir_vector, _ir_vector])
-        name = f'llvm.maximum.v{WIDTH}f32'
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+        return _maximum(builder, *args)
 
     return _vector(_vector, _vector), code
 
 
+# What a function that sums is given.
+_SUMS_OF = (
+    'work', 'reads', 'start', 'writes', 'to', 'at', 'lanes', 'columns', 'weights', 'first', 'last',
+    'bias', 'lower', 'fresh',
+)  # fmt: skip
+
+
+def _sums_of(count: int) -> Any:
+    """A function that sums weights times rows for so many vectors.
+
+    They stay in registers, and every weight is read once for all of them. The vectors lie at
+    ``start + reads[at]`` and so on, and the sums at ``to + writes[at]``; if they are not ``fresh``,
+    they are added to what is there.
+    """
+
+    @intrinsic
+    def sums(
+        typing: Any, work: Any, reads: Any, start: Any, writes: Any, to: Any, at: Any, lanes: Any,
+        columns: Any, weights: Any, first: Any, last: Any, bias: Any, lower: Any, fresh: Any,
+    ) -> Any:  # fmt: skip
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kinds = dict(zip(_SUMS_OF, signature.args, strict=True))
+            given = dict(zip(_SUMS_OF, args, strict=True))
+
+            def element(name: str, at: Any) -> Any:
+                data = context.make_array(kinds[name])(context, builder, given[name]).data
+                return builder.load(builder.gep(data, [at]))
+
+            def places(name: str, start: Any) -> list[Any]:
+                offset = (builder.add(given['at'], ir.Constant(start.type, i)) for i in vectors)
+                return [builder.add(start, element(name, place)) for place in offset]
+
+            def pointer(place: Any) -> Any:
+                return _pointer(context, builder, kinds['work'], given['work'], place)
+
+            vectors = range(count)
+            sources, targets = places('reads', given['start']), places('writes', given['to'])
+            bias, lower = (_broadcast(builder, given[name]) for name in ('bias', 'lower'))
+            totals = [cgutils.alloca_once(builder, _ir_vector) for _ in vectors]
+            for total, target in zip(totals, targets, strict=True):
+                before = builder.load(pointer(target), align=4)
+                builder.store(builder.select(given['fresh'], bias, before), total)
+            with cgutils.for_range_slice(
+                builder, given['first'], given['last'], ir.Constant(given['first'].type, 1)
+            ) as (k, _):
+                column = builder.sext(element('columns', k), given['lanes'].type)
+                offset = builder.mul(column, given['lanes'])
+                weight = _broadcast(builder, element('weights', k))
+                for total, source in zip(totals, sources, strict=True):
+                    value = builder.load(pointer(builder.add(source, offset)), align=4)
+                    product = builder.fmul(weight, value, flags=('contract',))
+                    added = builder.fadd(builder.load(total), product, flags=('contract',))
+                    builder.store(added, total)
+            for total, target in zip(totals, targets, strict=True):
+                largest = _maximum(builder, builder.load(total), lower)
+                builder.store(largest, pointer(target), align=4)
+            return context.get_dummy_value()
+
+        n = types.intp
+        return types.void(
+            work, reads, n, writes, n, n, n, columns, weights, n, n,
+            types.float32, types.float32, types.boolean,
+        ), code  # fmt: skip
+
+    return sums
+
+
+_eight, _four, _two = map(_sums_of, (8, 4, 2))
+
+
 @intrinsic
-def _transpose(typing: Any, work: Any, to: Any, lanes: Any, x: Any, at: Any, features: Any) -> Any:
-    """Sixteen features of sixteen examples, from examples in a row to features in a row."""
+def _transpose(
+    typing: Any, to: Any, first: Any, step: Any, of: Any, first_of: Any, step_of: Any
+) -> Any:
+    """Sixteen vectors of an array, a step apart, to such of another: first numbers first."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        work, to, lanes, x, at, features = args
+        def places(kind: Any, array: Any, first: Any, step: Any) -> list[Any]:
+            offsets = (builder.mul(step, ir.Constant(step.type, i)) for i in range(WIDTH))
+            return [
+                _pointer(context, builder, kind, array, builder.add(first, offset))
+                for offset in offsets
+            ]
 
-        def place(kind: Any, array: Any, start: Any, step: Any, i: int) -> Any:
-            offset = builder.add(start, builder.mul(step, ir.Constant(step.type, i)))
-            return _pointer(context, builder, kind, array, offset)
-
-        vectors = [
-            builder.load(place(signature.args[3], x, at, features, i), align=4)
-            for i in range(WIDTH)
-        ]
-        places = range(WIDTH)
-        step = WIDTH // 2
-        while step:  # swaps two quarters of every square of this size
-            first = [j if not j & step else WIDTH + j - step for j in places]
-            second = [j + step if not j & step else WIDTH + j for j in places]
-            for i in places:
-                if not i & step:
-                    pair = vectors[i], vectors[i + step]
-                    vectors[i], vectors[i + step] = (
+        sources = places(signature.args[3], *args[3:])
+        vectors = [builder.load(source, align=4) for source in sources]
+        numbers = range(WIDTH)
+        half = WIDTH // 2
+        while half:  # swaps two quarters of every square of this size
+            first = [j if not j & half else WIDTH + j - half for j in numbers]
+            second = [j + half if not j & half else WIDTH + j for j in numbers]
+            for i in numbers:
+                if not i & half:
+                    pair = vectors[i], vectors[i + half]
+                    vectors[i], vectors[i + half] = (
                         builder.shuffle_vector(
                             *pair, ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), mask)
                         )
                         for mask in (first, second)
                     )
-            step //= 2
-        for i, vector in enumerate(vectors):
-            builder.store(vector, place(signature.args[0], work, to, lanes, i), align=4)
+            half //= 2
+        for vector, target in zip(vectors, places(signature.args[0], *args[:3]), strict=True):
+            builder.store(vector, target, align=4)
         return context.get_dummy_value()
 
     n = types.intp
-    return types.void(work, n, n, x, n, n), code
+    return types.void(to, n, n, of, n, n), code
 
 
 @njit(nogil=True)
@@ -182,6 +257,34 @@ def _read(work: Any, lanes: int, x: Any, features: int, begin: int, count: int) 
             work[(1 + f) * lanes + b] = x[(begin + b) * features + f]
         for b in range(count, lanes):
             work[(1 + f) * lanes + b] = 0
+
+
+@njit(nogil=True)
+def _write(work: Any, lanes: int, out: Any, stores: Any, begin: int, count: int) -> None:
+    """Makes ``count`` examples of rows: feature 0 is row ``stores[0]``, and so on."""
+    features = stores.shape[0]
+    if lanes < WIDTH:
+        for k in range(features):
+            for b in range(count):
+                out[begin + b, k] = work[stores[k] * lanes + b]
+        return
+    whole = count // WIDTH * WIDTH
+    feature = 0
+    while feature < features:
+        step = stores[feature + 1] - stores[feature] if feature + 1 < features else 0
+        last = feature + 1
+        while last < min(feature + WIDTH, features) and stores[last] - stores[last - 1] == step:
+            last += 1
+        done = 0
+        if last - feature == WIDTH:  # rows at equal distances
+            done = whole
+            for b in range(0, whole, WIDTH):
+                at, row = (begin + b) * features + feature, stores[feature] * lanes + b
+                _transpose(out, at, features, work, row, step * lanes)
+        for k in range(feature, last):
+            for b in range(done, count):
+                out[begin + b, k] = work[stores[k] * lanes + b]
+        feature = last
 
 
 @njit(nogil=True, error_model='numpy')
@@ -222,43 +325,24 @@ def _of_one(code: int, a: Any) -> Any:
 
 
 @njit(nogil=True)
-def _sums(
-    work: Any, to: int, start: int, n: int, lanes: int,
-    columns: Any, weights: Any, first: int, last: int, bias: Any, lower: Any,
+def _one(
+    work: Any, here: int, there: int, lanes: int,
+    columns: Any, weights: Any, first: int, last: int, bias: Any, lower: Any, fresh: bool,
 ) -> None:  # fmt: skip
-    """Sums of weights times rows, for ``n`` consecutive numbers, rounded up to whole vectors."""
-    at = 0
-    while at + 4 * WIDTH <= n:
-        a = b = c = d = _fill(bias)
-        for k in range(first, last):
-            w, x = weights[k], start + at + columns[k] * lanes
-            a = _multiply_add(a, w, _load(work, x))
-            b = _multiply_add(b, w, _load(work, x + WIDTH))
-            c = _multiply_add(c, w, _load(work, x + 2 * WIDTH))
-            d = _multiply_add(d, w, _load(work, x + 3 * WIDTH))
-        low = _fill(lower)
-        _store(work, to + at, _larger(a, low))
-        _store(work, to + at + WIDTH, _larger(b, low))
-        _store(work, to + at + 2 * WIDTH, _larger(c, low))
-        _store(work, to + at + 3 * WIDTH, _larger(d, low))
-        at += 4 * WIDTH
-    while at < n:
-        # One vector: four sums of their own, so that none waits for another.
-        here = start + at
-        a = _fill(bias)
-        b = c = d = _fill(np.float32(0))
-        k = first
-        while k + 4 <= last:
-            a = _multiply_add(a, weights[k], _load(work, here + columns[k] * lanes))
-            b = _multiply_add(b, weights[k + 1], _load(work, here + columns[k + 1] * lanes))
-            c = _multiply_add(c, weights[k + 2], _load(work, here + columns[k + 2] * lanes))
-            d = _multiply_add(d, weights[k + 3], _load(work, here + columns[k + 3] * lanes))
-            k += 4
-        while k < last:
-            a = _multiply_add(a, weights[k], _load(work, here + columns[k] * lanes))
-            k += 1
-        _store(work, to + at, _larger(_add(_add(a, b), _add(c, d)), _fill(lower)))
-        at += WIDTH
+    """The same for one vector, in four sums of their own, so that none waits for another."""
+    a = _fill(bias) if fresh else _load(work, there)
+    b = c = d = _fill(np.float32(0))
+    k = first
+    while k + 4 <= last:
+        a = _multiply_add(a, weights[k], _load(work, here + columns[k] * lanes))
+        b = _multiply_add(b, weights[k + 1], _load(work, here + columns[k + 1] * lanes))
+        c = _multiply_add(c, weights[k + 2], _load(work, here + columns[k + 2] * lanes))
+        d = _multiply_add(d, weights[k + 3], _load(work, here + columns[k + 3] * lanes))
+        k += 4
+    while k < last:
+        a = _multiply_add(a, weights[k], _load(work, here + columns[k] * lanes))
+        k += 1
+    _store(work, there, _larger(_add(_add(a, b), _add(c, d)), _fill(lower)))
 
 
 @njit(nogil=True)
@@ -281,52 +365,146 @@ def _single(work: Any, op: Any, whole: Any, floats: Any) -> None:
         first = last
 
 
+def band_of(n: int, pieces: int, high: int) -> int:
+    """Rows of windows to take at a time: eight vectors, or what is pooled into one row."""
+    vectors = pieces * ((n + WIDTH - 1) // WIDTH)
+    return high * max(1, 8 // (vectors * high))
+
+
+_band_of = njit(nogil=True)(band_of)
+
+
 @njit(nogil=True)
-def _linear(work: Any, lanes: int, scratch: int, op: Any, whole: Any, floats: Any) -> None:
+def _most_vectors(table: Any, lanes: int) -> int:
+    """In a band of any operation."""
+    most = 0
+    for at in range(table.shape[0]):
+        op = table[at]
+        if op[0] == LINEAR:
+            n = op[9] * lanes
+            vectors = _band_of(n, op[8], op[12]) * op[8] * ((n + WIDTH - 1) // WIDTH)
+            most = max(most, vectors)
+    return most
+
+
+@njit(nogil=True)
+def _band(
+    work: Any, lanes: int, op: Any, whole: Any, floats: Any,
+    reads: Any, start: int, writes: Any, to: int, stride: int, vectors: int,
+) -> None:  # fmt: skip
+    """The sums of all channels for a band of rows.
+
+    Eight vectors at a time, and of these, a few inputs at a time: what they read stays in the
+    nearest cache while one channel after the other reads it.
+    """
+    channels, pointers, columns = op[2], whole[op[3] :], whole[op[4] :]
+    weights, biases, blocks = floats[op[5] :], floats[op[6] :], op[17]
+    at = 0
+    while at < vectors:
+        left = vectors - at
+        count = 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        for block in range(blocks):
+            fresh, lower = block == 0, np.float32(-np.inf)
+            if block == blocks - 1:
+                lower = biases[channels]
+            for channel in range(channels):
+                entry = block * channels + channel
+                first, last, bias = pointers[entry], pointers[entry + 1], biases[channel]
+                place = to + channel * stride
+                if count == 8:
+                    _eight(work, reads, start, writes, place, at, lanes, columns, weights, first,
+                           last, bias, lower, fresh)  # fmt: skip
+                elif count == 4:
+                    _four(work, reads, start, writes, place, at, lanes, columns, weights, first,
+                          last, bias, lower, fresh)  # fmt: skip
+                elif count == 2:
+                    _two(work, reads, start, writes, place, at, lanes, columns, weights, first,
+                         last, bias, lower, fresh)  # fmt: skip
+                else:
+                    _one(work, start + reads[at], place + writes[at], lanes, columns, weights,
+                         first, last, bias, lower, fresh)  # fmt: skip
+        at += count
+
+
+@njit(nogil=True)
+def _pool(
+    work: Any, lanes: int, source: int, target: int,
+    rows: int, columns: int, width: int, high: int, wide: int,
+) -> None:  # fmt: skip
+    """Maxima of windows of a channel, without overlap, from rows of a width."""
+    end = target + rows * columns * lanes
+    for row in range(rows):
+        start, to = source + row * high * width * lanes, target + row * columns * lanes
+        if high > 1:  # down first, in the topmost row
+            below, at = start + width * lanes, start
+            # What a vector reaches beyond is in the rows below, where it was read before.
+            while at < below and at + WIDTH <= below + (high - 1) * width * lanes:
+                best = _load(work, at)
+                for y in range(1, high):
+                    best = _larger(best, _load(work, at + y * width * lanes))
+                _store(work, at, best)
+                at += WIDTH
+            for rest in range(at, below):
+                for y in range(1, high):
+                    work[rest] = _of_two(MAX, work[rest], work[rest + y * width * lanes])
+        for column in range(columns):
+            here, there, b = start + column * wide * lanes, to + column * lanes, 0
+            # What it reaches beyond is in the next columns and rows, and written later.
+            while lanes > 1 and b < lanes and there + b + WIDTH <= end:
+                best = _load(work, here + b)
+                for x in range(1, wide):
+                    best = _larger(best, _load(work, here + x * lanes + b))
+                _store(work, there + b, best)
+                b += WIDTH
+            for rest in range(b, lanes):
+                top = work[here + rest]
+                for x in range(1, wide):
+                    top = _of_two(MAX, top, work[here + x * lanes + rest])
+                work[there + rest] = top
+
+
+@njit(nogil=True)
+def _linear(
+    work: Any, lanes: int, scratch: int, op: Any, whole: Any, floats: Any, places: Any
+) -> None:
     """A product or convolution with sparse weights, and the pooling and rectification after it.
 
-    A channel at a time, a row of windows at a time: it is pooled while it is in the cache.
+    A band of rows of windows at a time: it is pooled while it is in the cache.
     """
     if lanes == 1 and op[7] * op[8] * op[9] == 1:
         _single(work, op, whole, floats)
         return
-    to, channels, pointers, columns = op[1], op[2], whole[op[3] :], whole[op[4] :]
-    weights, biases = floats[op[5] :], floats[op[6] :]
-    rows, pieces, run, row_step, piece_step = op[7], op[8], op[9], op[10], op[11]
-    high, wide = op[12], op[13]
-    lower = biases[channels]
+    to, channels, rows, pieces, run = op[1], op[2], op[7], op[8], op[9]
+    row_step, piece_step, high, wide = op[10], op[11], op[12], op[13]
     width, n = pieces * run, run * lanes
-    direct = n % WIDTH == 0 and high == 1 and wide == 1
     pooled_rows, pooled_width = rows // high, width // wide
-    for channel in range(channels):
-        first, last, bias = pointers[channel], pointers[channel + 1], biases[channel]
-        for row in range(pooled_rows):
-            out = (to + (channel * pooled_rows + row) * pooled_width) * lanes
-            for inner in range(high):
-                for piece in range(pieces):
-                    start = ((row * high + inner) * row_step + piece * piece_step) * lanes
-                    place = (inner * width + piece * run) * lanes
-                    place += out if direct else scratch
-                    _sums(work, place, start, n, lanes, columns, weights, first, last, bias, lower)
-            if direct:
-                continue
-            for column in range(pooled_width):
-                source, target = scratch + column * wide * lanes, out + column * lanes
-                if lanes % WIDTH == 0:
-                    for b in range(0, lanes, WIDTH):
-                        best = _load(work, source + b)
-                        for y in range(high):
-                            for x in range(wide):
-                                there = source + (y * width + x) * lanes + b
-                                best = _larger(best, _load(work, there))
-                        _store(work, target + b, best)
-                else:
-                    for b in range(source, source + lanes):
-                        top = work[b]
-                        for y in range(high):
-                            for x in range(wide):
-                                top = _of_two(MAX, top, work[b + (y * width + x) * lanes])
-                        work[target + b - source] = top
+    direct = n % WIDTH == 0 and high == 1 and wide == 1
+    band, per = _band_of(n, pieces, high), (n + WIDTH - 1) // WIDTH
+    # Where the vectors of a band are, in rows and pieces.
+    reads, writes = places[0], places[1]
+    at = 0
+    for row in range(band):
+        for piece in range(pieces):
+            for vector in range(per):
+                read = (row * row_step + piece * piece_step) * lanes
+                reads[at] = read + vector * WIDTH
+                writes[at] = (row * width + piece * run) * lanes + vector * WIDTH
+                at += 1
+    for top in range(0, pooled_rows * high, band):
+        tall = min(band, pooled_rows * high - top)
+        start, vectors = top * row_step * lanes, tall * pieces * per
+        if direct:
+            place, stride = (to + top * width) * lanes, rows * width * lanes
+        else:
+            # A vector more: the last one of a channel may reach beyond it.
+            place, stride = scratch, band * width * lanes + WIDTH
+        _band(work, lanes, op, whole, floats, reads, start, writes, place, stride, vectors)
+        if not direct:
+            for channel in range(channels):
+                out = (to + (channel * pooled_rows + top // high) * pooled_width) * lanes
+                # Numbers to the right of the last whole window are in no window.
+                _pool(work, lanes, place + channel * stride, out, tall // high, pooled_width,
+                      width, high, wide)  # fmt: skip
 
 
 @njit(nogil=True)
@@ -395,6 +573,7 @@ def run(
       stores: rows of the result.
       scratch: the first row that no operation owns.
     """
+    places = np.empty((2, _most_vectors(table, lanes)), np.int64)
     work[:lanes] = 0  # row 0 is all zeros: padding reads it
     for begin in range(first, last, lanes):
         count = min(lanes, last - begin)
@@ -402,12 +581,9 @@ def run(
         for at in range(table.shape[0]):
             op = table[at]
             if op[0] == LINEAR:
-                _linear(work, lanes, scratch * lanes, op, whole, floats)
+                _linear(work, lanes, scratch * lanes, op, whole, floats, places)
             elif op[0] == REDUCE:
                 _reduce(work, lanes, op, whole)
             else:
                 _elementwise(work, lanes, op, whole, floats)
-        for k in range(stores.shape[0]):
-            row = stores[k] * lanes
-            for b in range(count):
-                out[begin + b, k] = work[row + b]
+        _write(work, lanes, out, stores, begin, count)

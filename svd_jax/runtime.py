@@ -139,22 +139,30 @@ class _Sparse:
         spaces = self._local.spaces
         if last - first not in spaces:
             lanes = self._lanes(last - first)
-            size = (self._plan.rows + self._plan.room) * lanes + 2 * kernels.WIDTH
+            size = self._plan.numbers(lanes) + 2 * kernels.WIDTH
             if len(spaces) == _SPACES:
                 spaces.clear()
-            spaces[last - first] = lanes, np.zeros(size, np.float32)
+            spaces[last - first] = lanes, _aligned(size)
         lanes, work = spaces[last - first]
         self._run(x, x.size // len(out), out, work, lanes, first, last, *self._tables)
 
     def _lanes(self, batch: int) -> int:
         """Examples in a block: whole vectors, as many as the cache holds, blocks of one size."""
         width = kernels.WIDTH
-        if batch < width // 2:
+        if batch <= width // 2:
             return max(batch, 1)
-        fit = max(1, _CACHE // (4 * width * (self._plan.rows + self._plan.room)))
+        fit = max(1, _CACHE // (4 * self._plan.numbers(width)))
         vectors = -(-batch // width)
         blocks = -(-vectors // fit)
         return -(-vectors // blocks) * width
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Zeros that begin where a vector of the processor may: no row of whole vectors is split."""
+    line = 4 * kernels.WIDTH
+    numbers = np.zeros(size + kernels.WIDTH, np.float32)
+    first = -numbers.ctypes.data % line // 4
+    return numbers[first : first + size]
 
 
 @functools.cache

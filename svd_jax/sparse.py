@@ -9,6 +9,7 @@ scale, a bias, a rectification and a max pooling that follow are part of them.
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +20,10 @@ from svd_jax.program import Constant, Equation, Operand, bind
 
 # Of the probe that a program is traced for.
 EXAMPLES = 2
+
+# Bytes of the inputs of a block, which should stay in a core's nearest cache; weights of a channel
+# in it, for which it is worth to read and write the sums; vectors that are summed at a time.
+_NEAREST, _WORTH_A_BLOCK, _VECTORS = 24 << 10, 12, 8
 
 _MOVES = {
     'broadcast_in_dim', 'concatenate', 'copy', 'copy_p', 'dynamic_slice', 'expand_dims', 'gather',
@@ -55,7 +60,6 @@ class Plan(NamedTuple):
       floats: the weights and constants that they refer to.
       stores: rows of the result.
       rows: how many there are.
-      room: rows needed beyond them, and numbers beyond those.
       multiply_adds: for one example.
     """
 
@@ -64,8 +68,20 @@ class Plan(NamedTuple):
     floats: np.ndarray
     stores: np.ndarray
     rows: int
-    room: int
     multiply_adds: int
+
+    def numbers(self, lanes: int) -> int:
+        """Needed for the rows of so many examples, and what is computed on the way."""
+        return self.rows * lanes + max(map(partial(_room, lanes), self.table), default=0)
+
+
+def _room(lanes: int, operation: np.ndarray) -> int:
+    """Numbers of a band of all channels, a vector beyond each, and one more for what rounds up."""
+    if operation[0] != kernels.LINEAR:
+        return 0
+    channels, pieces, run, high = operation[[2, 8, 9, 12]].tolist()
+    band = kernels.band_of(run * lanes, pieces, high)
+    return channels * (band * pieces * run * lanes + kernels.WIDTH) + kernels.WIDTH
 
 
 @dataclasses.dataclass
@@ -78,8 +94,10 @@ class _Linear:
       positions: down and across.
       steps: between rows read for one position and the next, down and across.
       units: of every entry, its channel; sorted.
+      inputs: of every entry, which input it reads.
       columns: of every entry, the row that it reads for the first position.
       weights: of every entry.
+      reach: how many rows of one input are read for sums of ``_VECTORS`` vectors.
       bias: of every channel.
       lower: bound of the result.
       window: of the max pooling, down and across.
@@ -90,8 +108,10 @@ class _Linear:
     positions: tuple[int, int]
     steps: tuple[int, int]
     units: np.ndarray
+    inputs: np.ndarray
     columns: np.ndarray
     weights: np.ndarray
+    reach: int
     bias: np.ndarray
     lower: float = -np.inf
     window: tuple[int, int] = (1, 1)
@@ -384,19 +404,19 @@ class _Lowering:
             columns = grid[entries[1], 0]
         else:
             columns = self._contiguous(grid) + entries[1] * positions
-        made = self._linear(number, channels, (1, positions), (0, 1), entries[0], columns,
-                            matrix[entries])  # fmt: skip
+        made = self._linear(number, channels, (1, positions), (0, 1), entries[0], entries[1],
+                            columns, matrix[entries], _VECTORS)  # fmt: skip
         self._values[number] = made.T.reshape(*around, *units)
 
     def _linear(
         self, number: int, channels: int, positions: tuple[int, int], steps: tuple[int, int],
-        units: np.ndarray, columns: np.ndarray, weights: np.ndarray,
+        units: np.ndarray, inputs: np.ndarray, columns: np.ndarray, weights: np.ndarray, reach: int,
     ) -> np.ndarray:  # fmt: skip
         rows = self._new(channels * positions[0] * positions[1])
         bias = np.zeros(channels, np.float32)
         linear = _Linear(
-            int(rows[0]), channels, positions, steps, units, columns, weights, bias
-        )  # fmt: skip
+            int(rows[0]), channels, positions, steps, units, inputs, columns, weights, reach, bias
+        )
         self._operations.append(linear)
         self._makers[number] = linear
         return rows.reshape(channels, -1)
@@ -434,8 +454,12 @@ class _Lowering:
         inner = inner + units // (channels // groups) * features
         columns = (inner * high + y * dilation[0]) * wide + x * dilation[1]
         columns = columns + self._contiguous(grid)
+        down, across = (
+            apart * (size - 1) for apart, size in zip(dilation, matrix.shape[2:], strict=True)
+        )
+        reach = (down + 1) * (across + _VECTORS * strides[1])
         made = self._linear(number, channels, positions, (strides[0] * wide, strides[1]), units,
-                            columns, matrix[entries])  # fmt: skip
+                            inner, columns, matrix[entries], reach)  # fmt: skip
         spatial = len(outputs) - 2
         made = made.reshape(channels, *positions[2 - spatial :])
         self._values[number] = made.transpose(np.argsort([axis - 1 for axis in outputs[1:]]))
@@ -530,16 +554,25 @@ class _Lowering:
         for operation in self._operations:
             tables.add(operation)
         linears = [o for o in self._operations if isinstance(o, _Linear)]
-        room = max((o.window[0] * o.positions[1] for o in linears), default=0)
         return Plan(
             np.asarray(tables.table, np.int64).reshape(-1, kernels.COLUMNS),
             np.concatenate([*tables.whole.parts, np.zeros(0)]).astype(np.int32),
             np.concatenate([*tables.floats.parts, np.zeros(0)]).astype(np.float32),
             stores.astype(np.int32),
             self._rows,
-            room,
             sum(o.multiply_adds for o in linears),
         )
+
+
+def _blocks(o: _Linear) -> int:
+    """Into how many the inputs are divided, so that what one band reads of each stays in the cache.
+
+    Not into so many that sums go to memory and back for a few weights each.
+    """
+    inputs = int(o.inputs.max(initial=0)) + 1
+    bytes_read = 4 * kernels.WIDTH * o.reach * inputs
+    most = len(o.weights) // (_WORTH_A_BLOCK * o.channels)
+    return max(1, min(-(-bytes_read // _NEAREST), most, inputs))
 
 
 class _Pool:
@@ -580,8 +613,11 @@ class _Tables:
                 whole.add(operation.pointers), whole.add(operation.sources),
             ]  # fmt: skip
         o = operation
-        pointers = np.searchsorted(o.units, np.arange(o.channels + 1))
-        counts = np.diff(pointers)
+        counts = np.bincount(o.units, minlength=o.channels)
+        blocks = _blocks(o)
+        places = o.inputs * blocks // (o.inputs.max(initial=0) + 1) * o.channels + o.units
+        in_blocks = np.argsort(places, kind='stable')
+        pointers = np.searchsorted(places[in_blocks], np.arange(blocks * o.channels + 1))
         order = np.argsort(counts, kind='stable')
         by_count = np.argsort(np.argsort(order)[o.units], kind='stable')
         down, across = o.positions
@@ -589,9 +625,9 @@ class _Tables:
         pieces, run = (1, across) if o.steps[1] == 1 else (across, 1)
         return [
             kernels.LINEAR, o.to, o.channels,
-            whole.add(pointers), whole.add(o.columns), floats.add(o.weights),
+            whole.add(pointers), whole.add(o.columns[in_blocks]), floats.add(o.weights[in_blocks]),
             floats.add(o.bias, [o.lower]),
             down, pieces, run, *o.steps, *o.window,
             whole.add(order, [0], np.cumsum(counts[order])), whole.add(o.columns[by_count]),
-            floats.add(o.weights[by_count]),
+            floats.add(o.weights[by_count]), blocks,
         ]  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import svd_jax as svd
 from experiments import models
-from svd_jax import parts, runtime, sparse
+from svd_jax import kernels, parts, runtime, sparse
 
 Function = Callable[..., Any]
 
@@ -143,6 +143,28 @@ def test_lenets(model: Any, batch: int) -> None:
     for other in (1, 2, 130):  # 130: in several blocks, and more than one thread
         y = images(other, 28, 28, 1, seed=1)
         assert_close(compiled(y), small(y))
+
+
+class Pooled(nn.Module):
+    """A convolution of so many inputs that its sums are made of blocks of them."""
+
+    pool: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Conv(6, (3, 3))(x)
+        return nn.relu(nn.max_pool(x, self.pool, self.pool))
+
+
+@pytest.mark.parametrize('batch', [1, 2, 7, 9, 16, 33])
+@pytest.mark.parametrize('pool', [(1, 1), (2, 2), (3, 1)])
+def test_sums_in_blocks_of_inputs(pool: tuple[int, int], batch: int) -> None:
+    model, x = Pooled(pool), images(batch, 9, 7, 50)
+    small = svd.compact(model, sparse_params(model, x, density=0.5), x)
+    network = parts.Network(small, jnp.asarray(x))
+    (linear,) = (op for op in network.plan(slice(0, 1)).table if op[0] == kernels.LINEAR)
+    assert linear[-1] > 1  # blocks
+    assert_close(all_sparse(small, x)(x), small(x))
 
 
 def test_multiply_adds_are_those_of_the_weights_that_are_not_zero() -> None:
