@@ -10,6 +10,7 @@ installed is left out, and the run says so.
 """
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -20,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 import tyro
@@ -40,19 +42,63 @@ _PACKAGES = ('numba', 'scipy', 'torch', 'onnxruntime', 'onnx', 'jax2onnx')
 
 
 class Network(NamedTuple):
-    """One of the paper's networks.
+    """One of the paper's networks: convolutions, some of them pooled 2x2, then dense layers.
 
     Attributes:
       model: in Flax.
       batches: sizes that are timed.
-      zeros: percent of every layer's weights, in the paper (its table 1).
+      zeros: percent of every layer's weights.
+      image: the shape of one.
+      pooled: the convolutions that are.
+      same: whether they have zeros around their images, or none.
     """
 
     model: Any
     batches: tuple[int, ...]
     zeros: dict[str, float]
+    image: tuple[int, int, int] = (28, 28, 1)
+    pooled: tuple[str, ...] = ('Conv_0', 'Conv_1')
+    same: bool = False
+
+    def images(self, count: int) -> np.ndarray:
+        """Random ones."""
+        shape = (count, *self.image)
+        return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
+class FoldedVGG(nn.Module):
+    """The VGG-like network, batch normalisation a part of its convolutions, as runtimes have it.
+
+    Attributes:
+      width: factor of all widths.
+    """
+
+    width: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+        layers = [
+            svd.linen.Conv(round(self.width * channels), (3, 3))
+            for _, channels, depth in models.VGGLike.stages
+            for _ in range(depth)
+        ]
+        for number, layer in enumerate(layers):
+            x, _ = layer(x, deterministic)
+            if f'Conv_{number}' in _POOLED:
+                x = svd.linen.max_pool_2x2(x)
+            x = nn.relu(x)
+        x = x.reshape(x.shape[0], -1)
+        x, _ = svd.linen.Dense(round(self.width * 512))(x, deterministic)
+        return svd.linen.Dense(10)(nn.relu(x), deterministic)
+
+
+_POOLED = tuple(
+    f'Conv_{last - 1}'
+    for last in itertools.accumulate(depth for _, _, depth in models.VGGLike.stages)
+)
+
+# The zeros of the LeNets are the paper's (its table 1). Those of the VGG-like network are of
+# experiments/results/vgg-sparse_vd-20epochs-k1-kl0.2-distil0.8-seed0.json.
 NETWORKS = {
     'lenet300': Network(
         models.LeNet300(), (1, 100), {'Dense_0': 99.4, 'Dense_1': 98.3, 'Dense_2': 75.2}
@@ -62,7 +108,18 @@ NETWORKS = {
         (1, 128),
         {'Conv_0': 69.2, 'Conv_1': 98.0, 'Dense_0': 99.8, 'Dense_1': 94.9},
     ),
-}
+    'vgg': Network(
+        FoldedVGG(),
+        (1, 100),
+        {
+            'Conv_0': 27.89, 'Conv_1': 78.52, 'Conv_2': 79.63, 'Conv_3': 83.47, 'Conv_4': 85.43,
+            'Conv_5': 91.32, 'Conv_6': 94.99, 'Conv_7': 98.82, 'Conv_8': 99.76, 'Conv_9': 99.86,
+            'Conv_10': 99.92, 'Conv_11': 99.96, 'Conv_12': 99.96, 'Dense_0': 99.06,
+            'Dense_1': 73.61,
+        },
+        (32, 32, 3), _POOLED, True,
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +127,8 @@ class Options:
     """What to time."""
 
     files: tuple[Path, ...] = ()
-    """Networks, lenet300 or lenet5, as .svd files; if none, random ones of the paper's sparsity."""
+    """Networks, lenet300, lenet5 or the VGG-like one of experiments.vgg, as .svd files; if none,
+    random ones of their sparsity."""
     rounds: int = 15
     """How often every way has its turn."""
     seconds: float = 0.3
@@ -80,13 +138,12 @@ class Options:
 
 
 def _kernel_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    image = np.zeros((1, 28, 28, 1), 'f')
-    params = jax.eval_shape(network.model.init, jax.random.key(0), image)['params']
+    params = jax.eval_shape(network.model.init, jax.random.key(0), network.images(1))['params']
     return {layer: params[layer]['kernel'].shape for layer in network.zeros}
 
 
 def random_network(name: str, seed: int = 0) -> Tree:
-    """Random weights, as many of each layer zero as in the paper."""
+    """Random weights, as many of each layer zero as it says."""
     network, rng = NETWORKS[name], np.random.default_rng(seed)
     params: Tree = {}
     for layer, shape in _kernel_shapes(network).items():
@@ -158,11 +215,15 @@ def _torch(name: str, params: Tree, x: np.ndarray) -> tuple[Call, int | None]:
     from torch import nn
 
     modules: list[Any] = []
+    network_of = NETWORKS[name]
     for path, layer in params.items():
         kernel = layer['kernel']
         if kernel.ndim == 4:
-            module: Any = nn.Conv2d(kernel.shape[2], kernel.shape[3], kernel.shape[:2])
-            modules += [module, nn.MaxPool2d(2), nn.ReLU()]
+            padding = 'same' if network_of.same else 'valid'
+            height, width, *channels = kernel.shape
+            module: Any = nn.Conv2d(channels[0], channels[1], (height, width), padding=padding)
+            pooled = [nn.MaxPool2d(2)] if path in network_of.pooled else []
+            modules += [module, *pooled, nn.ReLU()]
             weights = kernel.transpose(3, 2, 0, 1)
         else:
             module = nn.Linear(*kernel.shape)
@@ -188,9 +249,10 @@ def _flatten(nn: Any, modules: list[Any]) -> list[Any]:
 def _channels_first(params: Tree, path: str) -> np.ndarray:
     """The weights of a dense layer whose inputs, flattened, had the channels first."""
     kernel = params[path]['kernel']
-    if path != 'Dense_0' or 'Conv_1' not in params:
+    convolutions = [own for own in params.values() if own['kernel'].ndim == 4]
+    if path != 'Dense_0' or not convolutions:
         return kernel
-    side = round((kernel.shape[0] / params['Conv_1']['bias'].size) ** 0.5)
+    side = round((kernel.shape[0] / convolutions[-1]['bias'].size) ** 0.5)
     units = kernel.reshape(side, side, -1, kernel.shape[1]).transpose(2, 0, 1, 3)
     return np.ascontiguousarray(units.reshape(kernel.shape))
 
@@ -198,25 +260,28 @@ def _channels_first(params: Tree, path: str) -> np.ndarray:
 def _onnxruntime(name: str, params: Tree, x: np.ndarray) -> tuple[Call, int | None]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(_onnx(params), providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(_onnx(name, params), providers=['CPUExecutionProvider'])
     inputs = {'x': np.ascontiguousarray(x.transpose(0, 3, 1, 2))}
     return lambda: session.run(None, inputs), _dense_multiply_adds(name, params)
 
 
-def _onnx(params: Tree) -> bytes:
+def _onnx(name: str, params: Tree) -> bytes:
     """The network as ONNX has it: the channels first, a product and its bias one operation."""
     from onnx import TensorProto, helper, numpy_helper
 
-    nodes, weights, last, flat = [], [], 'x', False
+    network, nodes, weights, last, flat = NETWORKS[name], [], [], 'x', False
     for path, layer in params.items():
         names = [f'{path}/kernel', f'{path}/bias']
         kernel = layer['kernel']
         if kernel.ndim == 4:
             arrays = [kernel.transpose(3, 2, 0, 1), layer['bias']]
-            nodes.append(helper.make_node('Conv', [last, *names], [path]))
-            pool: dict[str, Any] = {'kernel_shape': [2, 2], 'strides': [2, 2]}
-            nodes.append(helper.make_node('MaxPool', [path], [f'{path}/pool'], **pool))
-            last = f'{path}/pool'
+            padding = 'SAME_UPPER' if network.same else 'VALID'
+            nodes.append(helper.make_node('Conv', [last, *names], [path], auto_pad=padding))
+            last = path
+            if path in network.pooled:
+                pool: dict[str, Any] = {'kernel_shape': [2, 2], 'strides': [2, 2]}
+                nodes.append(helper.make_node('MaxPool', [path], [f'{path}/pool'], **pool))
+                last = f'{path}/pool'
         else:
             if not flat:
                 nodes.append(helper.make_node('Flatten', [last], ['flat']))
@@ -231,9 +296,10 @@ def _onnx(params: Tree) -> bytes:
         if path != list(params)[-1]:
             nodes.append(helper.make_node('Relu', [last], [f'{path}/relu']))
             last = f'{path}/relu'
+    *size, channels = network.image
     graph = helper.make_graph(
         nodes, 'network',
-        [helper.make_tensor_value_info('x', TensorProto.FLOAT, ['batch', 1, 28, 28])],
+        [helper.make_tensor_value_info('x', TensorProto.FLOAT, ['batch', channels, *size])],
         [helper.make_tensor_value_info(last, TensorProto.FLOAT, ['batch', 10])],
         weights,
     )  # fmt: skip
@@ -242,8 +308,17 @@ def _onnx(params: Tree) -> bytes:
 
 
 def _dense_multiply_adds(name: str, params: Tree) -> int:
-    positions = {'Conv_0': 24 * 24, 'Conv_1': 8 * 8}
-    return sum(layer['kernel'].size * positions.get(path, 1) for path, layer in params.items())
+    network, total = NETWORKS[name], 0
+    side = network.image[0]
+    for path, layer in params.items():
+        kernel = layer['kernel']
+        if kernel.ndim == 4:
+            side = side if network.same else side - kernel.shape[0] + 1
+            total += kernel.size * side**2
+            side = side // 2 if path in network.pooled else side
+        else:
+            total += kernel.size
+    return total
 
 
 SPARSE, DENSE, ONNX = 'compact + sparse', 'Flax, dense', 'onnxruntime, dense'
@@ -317,7 +392,7 @@ class _Process:
 def _measure(
     name: str, params: Tree, batch: int, options: Options, console: Console
 ) -> list[dict[str, Any]]:
-    x = np.random.default_rng(1).normal(size=(batch, 28, 28, 1)).astype(np.float32)
+    x = NETWORKS[name].images(batch)
     processes: list[_Process] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(name, total=len(WAYS) + options.rounds)
@@ -364,14 +439,29 @@ def _print(title: str, results: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def _folded(params: Tree, statistics: Tree) -> Tree:
+    """Layers that took on the batch normalisation of the same number, or have none."""
+    folded = {}
+    normalised = [path for path in params if path.startswith('Conv')] + ['Dense_0']
+    order = sorted(normalised, key=lambda path: (path[:4], int(path.rpartition('_')[2])))
+    for number, path in enumerate(order):
+        own, means = params[f'BatchNorm_{number}'], statistics[f'BatchNorm_{number}']
+        scale = own['scale'] / np.sqrt(means['var'] + 1e-5)  # Flax's epsilon
+        bias = (params[path]['bias'] - means['mean']) * scale + own['bias']
+        folded[path] = {'kernel': params[path]['kernel'] * scale, 'bias': bias}
+    return folded | {'Dense_1': params['Dense_1']}
+
+
 def _network_of(path: Path) -> tuple[str, Tree]:
     tree = svd.load(path)
     params = tree.get('params', tree) if isinstance(tree, dict) else {}
+    if 'batch_stats' in tree:
+        params = _folded(params, tree['batch_stats'])
     found = {layer: np.shape(own['kernel']) for layer, own in params.items() if 'kernel' in own}
     for name, network in NETWORKS.items():
         if _kernel_shapes(network) == found:
             return name, {layer: params[layer] for layer in network.zeros}
-    raise ValueError(f'{path} holds neither of {", ".join(NETWORKS)}')
+    raise ValueError(f'{path} holds none of {", ".join(NETWORKS)}')
 
 
 def main(options: Options) -> None:
@@ -382,7 +472,7 @@ def main(options: Options) -> None:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     if not networks:
-        console.print('random networks of the sparsity in the paper')
+        console.print('random networks of the sparsity of trained ones')
         networks = [(name, name, random_network(name)) for name in NETWORKS]
     measured: list[dict[str, Any]] = []
     for source, name, params in networks:

@@ -25,7 +25,7 @@ from svd_jax.parts import Network
 from svd_jax.sparse import NotCoveredError, Plan
 
 # Bytes of the rows of one block: they should stay in a core's cache.
-_CACHE = 1 << 19
+_CACHE = 1 << 20
 # Below this many multiply-adds a thread, a second one costs more than it saves.
 _WORTH_A_THREAD = 2_000_000
 # Work spaces that a thread keeps, each for another number of examples.

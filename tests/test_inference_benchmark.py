@@ -15,35 +15,51 @@ import pytest
 
 import svd_jax as svd
 from benchmarks import inference
-from benchmarks.inference import DENSE, NETWORKS, ONNX, SPARSE, WAYS, Network, Options
+from benchmarks.inference import DENSE, NETWORKS, ONNX, SPARSE, WAYS, FoldedVGG, Network, Options
+from experiments import models
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'narrow')
+
+NARROW = NETWORKS['vgg']._replace(
+    model=FoldedVGG(1 / 16), zeros=dict.fromkeys(NETWORKS['vgg'].zeros, 50.0) | {'Dense_0': 96.0}
+)
 
 
-def images(count: int) -> np.ndarray:
-    return np.random.default_rng(3).normal(size=(count, 28, 28, 1)).astype(np.float32)
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VGG-like network of a sixteenth of the width."""
+    monkeypatch.setitem(NETWORKS, 'vgg', NARROW)
 
 
-def by_hand(params: dict, x: np.ndarray) -> np.ndarray:
-    """The logits, in NumPy: convolutions without padding, each pooled 2x2; ReLU between layers."""
+def images(count: int, *shape: int) -> np.ndarray:
+    shape = (count, *(shape or (28, 28, 1)))
+    return np.random.default_rng(3).normal(size=shape).astype(np.float32)
+
+
+def by_hand(params: dict, x: np.ndarray, network: Network = NETWORKS['lenet5']) -> np.ndarray:
+    """The logits, in NumPy: convolutions, some pooled 2x2; ReLU between layers."""
     y = x.astype(np.float64)
-    for number, layer in enumerate(params.values()):
+    for number, (path, layer) in enumerate(params.items()):
         kernel = layer['kernel']
         y = np.maximum(y, 0) if number else y
         if kernel.ndim == 4:
+            if network.same:
+                y = np.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
             windows = np.lib.stride_tricks.sliding_window_view(y, kernel.shape[:2], (1, 2))
             y = np.einsum('nhwiab,abio->nhwo', windows, kernel, optimize=True) + layer['bias']
             n, h, w, c = y.shape
-            y = y.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+            if path in network.pooled:
+                y = y.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
         else:
             y = y.reshape(len(y), -1) @ kernel + layer['bias']
     return y
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_a_random_network_is_as_sparse_as_the_paper_says(name: str) -> None:
+def test_a_random_network_is_as_sparse_as_it_should_be(name: str) -> None:
     params, network = inference.random_network(name), NETWORKS[name]
-    wanted = network.model.init(jax.random.key(1), images(1))['params']
+    init = network.model.init
+    wanted = jax.eval_shape(init, jax.random.key(1), network.images(1))['params']
     for layer, zeros in network.zeros.items():
         kernel = params[layer]['kernel']
         assert kernel.shape == wanted[layer]['kernel'].shape
@@ -53,22 +69,26 @@ def test_a_random_network_is_as_sparse_as_the_paper_says(name: str) -> None:
     assert params.keys() == wanted.keys()
 
 
-# Of images of 28 x 28: for every weight, at how many positions it is used.
+# For every weight, at how many positions it is used.
 MULTIPLY_ADDS = {
     'lenet300': 784 * 300 + 300 * 100 + 100 * 10,
     'lenet5': 25 * 20 * 24**2 + 25 * 20 * 50 * 8**2 + 800 * 500 + 500 * 10,
-}
+    'vgg': 9 * (
+        (3 * 4 + 4 * 4) * 32**2 + (4 * 8 + 8 * 8) * 16**2 + (8 * 16 + 2 * 16 * 16) * 8**2
+        + (16 * 32 + 2 * 32 * 32) * 4**2 + 3 * 32 * 32 * 2**2
+    ) + 32 * 32 + 32 * 10,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('way', WAYS)
 def test_every_way_computes_the_network(way: str, name: str) -> None:
-    params, x = inference.random_network(name), images(3)
+    params, x = inference.random_network(name), images(3, *NETWORKS[name].image)
     try:
         run, multiply_adds = WAYS[way](name, params, x)
     except ImportError as error:
         pytest.skip(str(error))
-    logits, wanted = np.asarray(jax.tree.leaves(run())[0]), by_hand(params, x)
+    logits, wanted = np.asarray(jax.tree.leaves(run())[0]), by_hand(params, x, NETWORKS[name])
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     if 'dense' in way:
         assert multiply_adds == MULTIPLY_ADDS[name]
@@ -187,9 +207,27 @@ def test_a_network_from_a_file_is_timed(tmp_path: Path, capsys, wrapped: bool) -
     assert 'random networks' not in capsys.readouterr().out
 
 
+def test_batch_normalisation_is_folded_into_what_comes_before(tmp_path: Path) -> None:
+    model, x = models.VGGLike(width=1 / 16), images(2, 32, 32, 3)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: rng.uniform(0.5, 1, leaf.shape).astype(np.float32),
+        jax.eval_shape(model.init, jax.random.key(0), x),
+    )
+    svd.save(tmp_path / 'vgg.svd', variables := svd.sparsify(variables))
+    name, params = inference._network_of(tmp_path / 'vgg.svd')
+    assert name == 'vgg'
+    folded, _ = NARROW.model.apply({'params': params}, x)
+    wanted, _ = model.apply(variables, x, deterministic=True)
+    np.testing.assert_allclose(folded, wanted, rtol=1e-4)
+
+
 def test_a_file_that_is_no_such_network_is_refused(tmp_path: Path, capsys) -> None:
     svd.save(tmp_path / 'other.svd', {'Dense_0': {'kernel': np.ones((2, 2), np.float32)}})
-    for name, message in (('other.svd', 'holds neither of lenet300, lenet5'), ('gone', 'No such')):
+    for name, message in (
+        ('other.svd', 'holds none of lenet300, lenet5, vgg'),
+        ('gone', 'No such'),
+    ):
         with pytest.raises(SystemExit) as stopped:
             inference.main(Options(files=(tmp_path / name,)))
         assert stopped.value.code == 2
