@@ -178,7 +178,7 @@ def _compact_xla(name: str, params: Tree, x: np.ndarray) -> tuple[Call, int | No
 def _compact_sparse(name: str, params: Tree, x: np.ndarray) -> tuple[Call, int | None]:
     compiled = runtime.compile(_compact(name, params, x), x)
     layers = compiled.report.layers
-    waits = not layers or any(layer.kernel == runtime.DENSE for layer in layers)
+    waits = not layers or any(layer.kernel != runtime.SPARSE for layer in layers)
     run = (lambda: jax.block_until_ready(compiled(x))) if waits else (lambda: compiled(x))
     return run, compiled.report.multiply_adds[1] if layers else None
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from svd_jax import network, sparse
+from svd_jax import network, sparse, transform
 from svd_jax.compaction import Compact
 from svd_jax.program import Constant, Equation, Program, run_equations
 from svd_jax.sizes import literals, outline, trace_as_many
@@ -195,8 +195,13 @@ class Network:
         """The shape of what parts in a row make of one example."""
         return self._program.shapes[self.parts[parts][-1].target].shape[1:]
 
-    def dense(self, parts: slice) -> Callable[[Any], jax.Array]:
-        """Parts in a row by XLA."""
+    def dense(self, parts: slice, products: bool = False) -> Callable[[Any], jax.Array]:
+        """Parts in a row by XLA.
+
+        Args:
+          parts: which.
+          products: whether convolutions are matrix products, as in training (:mod:`svd_jax.conv`).
+        """
 
         @jax.jit
         def run(leaves: Sequence[Any], x: Any) -> Any:
@@ -204,9 +209,18 @@ class Network:
             split = self._split(x.shape[0])
             part = split.joined(parts)
             known = _evaluated(split.fixed, self._known(split.program, leaves))
-            return _evaluated(part.equations, known | {part.source: x})[part.target]
+            read = {n: known[n] for e in part.equations for n in _numbers(e.inputs) if n in known}
+
+            def made(read: dict[int, Any], x: Any) -> Any:
+                return _evaluated(part.equations, read | {part.source: x})[part.target]
+
+            return transform.evaluate(made, read, x) if products else made(read, x)
 
         return lambda x: run(self._leaves, x)
+
+    def convolves(self, part: int) -> bool:
+        """Whether there is a convolution in a part."""
+        return any(e.primitive.name == _PRODUCTS[1] for e in self.parts[part].equations)
 
     def output(self) -> Callable[[Any], Any]:
         """From the value that the last part makes to what the network returns."""

@@ -1,9 +1,10 @@
 """Fast inference of what is left, on a CPU: sparse kernels where they win.
 
 A compacted network is split where a single value passes from one layer to the next. Every part can
-run in two ways: dense, by XLA; or as operations on rows that meet no zero weight
-(:mod:`svd_jax.sparse`). Both are measured, and the faster one is kept. On other backends the
-compacted network runs as it is.
+run in several ways: dense, by XLA; the same with its convolutions as matrix products
+(:mod:`svd_jax.conv`); or as operations on rows that meet no zero weight (:mod:`svd_jax.sparse`).
+They are measured, and the fastest one is kept. On other backends the compacted network runs as it
+is.
 """
 
 import functools
@@ -33,7 +34,9 @@ _SPACES = 4
 # A measurement: rounds, and seconds of a turn.
 _ROUNDS, _SECONDS = 7, 0.004
 
-DENSE, SPARSE = 'dense', 'sparse'
+DENSE, PRODUCTS, SPARSE = 'dense', 'products', 'sparse'
+# Winograd's algorithm has 16 products of 36: where rows save more, it needs no measurement.
+_MOST_SAVED = 36 / 16
 
 
 class Layer(NamedTuple):
@@ -41,9 +44,12 @@ class Layer(NamedTuple):
 
     Attributes:
       path: of the modules in it.
-      kernel: ``'sparse'`` or ``'dense'``.
-      multiply_adds: for one example: of the dense kernel, and executed by the one that is kept.
+      kernel: ``'dense'``, by XLA; ``'products'``, the same with convolutions as matrix products; or
+        ``'sparse'``.
+      multiply_adds: for one example: of the dense kernel, and executed by the one that is kept;
+        convolutions as matrix products may need fewer than they count here.
       dense_us: measured, microseconds for the example input.
+      products_us: measured; None where there is no convolution, or sparse kernels save more anyway.
       sparse_us: measured; None where sparse kernels don't cover the part.
       left: what they don't cover.
     """
@@ -52,6 +58,7 @@ class Layer(NamedTuple):
     kernel: str
     multiply_adds: tuple[int, int]
     dense_us: float
+    products_us: float | None
     sparse_us: float | None
     left: str = ''
 
@@ -86,12 +93,16 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
-            ('layer', 'kernel', 'dense multiply-adds', 'executed', 'dense us', 'sparse us')
-        ]
+            (
+                'layer', 'kernel', 'dense multiply-adds', 'executed',
+                'dense us', 'products us', 'sparse us',
+            )
+        ]  # fmt: skip
         for layer in self.layers:
             counts = (f'{count:,}' for count in layer.multiply_adds)
-            sparse = '-' if layer.sparse_us is None else f'{layer.sparse_us:.1f}'
-            rows.append((layer.path, layer.kernel, *counts, f'{layer.dense_us:.1f}', sparse))
+            measured = (layer.dense_us, layer.products_us, layer.sparse_us)
+            times = ('-' if us is None else f'{us:.1f}' for us in measured)
+            rows.append((layer.path, layer.kernel, *counts, *times))
         lines = table.aligned(rows, 2) if self.layers else [f'runs as it is: {self.left}']
         lines += [f'{a.path}: not sparse: {a.left}' for a in self.layers if a.left]
         return '\n'.join([*lines, f'whole: {self.us:.1f} us, by XLA {self.dense_us:.1f} us'])
@@ -279,11 +290,11 @@ def _fastest(network: Network, whole: Callable[..., Any], example: np.ndarray) -
         layer, x = _measured(network, part, x)
         layers.append(layer)
     # Passing from one kind to the other costs as well, so the whole is measured, too.
-    chains = {
-        tuple(layer.kernel for layer in layers),
-        tuple(DENSE if layer.left else SPARSE for layer in layers),
-    } - {(DENSE,) * len(layers)}
-    runs = [(whole, (DENSE,) * len(layers)), *((_chain(network, c), c) for c in chains)]
+    as_whole = (DENSE,) * len(layers)
+    chosen = tuple(layer.kernel for layer in layers)
+    all_sparse = tuple(layer.kernel if layer.left else SPARSE for layer in layers)
+    chains = [chain for chain in dict.fromkeys((chosen, all_sparse)) if chain != as_whole]
+    runs = [(whole, as_whole), *((_chain(network, chain), chain) for chain in chains)]
     times = _microseconds(*(functools.partial(run, example) for run, _ in runs))
     us, (run, kinds) = min(zip(times, runs, strict=True), key=lambda pair: pair[0])
     kept = tuple(layer.as_kept(kind) for layer, kind in zip(layers, kinds, strict=True))
@@ -291,22 +302,27 @@ def _fastest(network: Network, whole: Callable[..., Any], example: np.ndarray) -
 
 
 def _measured(network: Network, part: int, x: Any) -> tuple[Layer, Any]:
-    """A part in both ways, and what it makes of an input."""
-    alone = slice(part, part + 1)
-    dense = network.dense(alone)
-    path, dense_adds = network.path(part), network.multiply_adds(part)
+    """A part in all ways, and what it makes of an input."""
+    alone, left = slice(part, part + 1), ''
+    runs: dict[str, Callable[[], Any]] = {DENSE: functools.partial(network.dense(alone), x)}
+    dense_adds = sparse_adds = network.multiply_adds(part)
     try:
         plan = network.plan(alone)
     except NotCoveredError as reason:
-        (dense_us,) = _microseconds(functools.partial(dense, x))
-        counts = dense_adds, dense_adds
-        return Layer(path, DENSE, counts, dense_us, None, str(reason)), dense(x)
-    sparse = _Sparse(plan, network.features(alone))
-    dense_us, sparse_us = _microseconds(
-        functools.partial(dense, x), functools.partial(sparse, np.asarray(x))
-    )
-    kernel = DENSE if dense_us < sparse_us else SPARSE
-    return Layer(path, kernel, (dense_adds, plan.multiply_adds), dense_us, sparse_us), dense(x)
+        left = str(reason)
+    else:
+        sparse_adds = plan.multiply_adds
+        sparse = _Sparse(plan, network.features(alone))
+        runs[SPARSE] = functools.partial(sparse, np.asarray(x))
+    times = dict(zip(runs, _microseconds(*runs.values()), strict=True))
+    saved = times[DENSE] / times.get(SPARSE, times[DENSE])
+    if network.convolves(part) and saved < _MOST_SAVED:
+        (times[PRODUCTS],) = _microseconds(functools.partial(network.dense(alone, True), x))
+    layer = Layer(
+        network.path(part), min(times, key=lambda kind: times[kind]), (dense_adds, sparse_adds),
+        times[DENSE], times.get(PRODUCTS), times.get(SPARSE), left,
+    )  # fmt: skip
+    return layer, runs[DENSE]()
 
 
 def _chain(network: Network, kinds: Sequence[str]) -> Callable[[Any], Any]:
@@ -315,8 +331,8 @@ def _chain(network: Network, kinds: Sequence[str]) -> Callable[[Any], Any]:
     for kind, group in itertools.groupby(range(len(kinds)), key=lambda part: kinds[part]):
         numbers = list(group)
         parts = slice(numbers[0], numbers[-1] + 1)
-        if kind == DENSE:
-            runs.append(network.dense(parts))
+        if kind != SPARSE:
+            runs.append(network.dense(parts, kind == PRODUCTS))
         else:
             runs.append(_Sparse(network.plan(parts), network.features(parts)))
     returned = network.output()

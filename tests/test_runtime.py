@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import svd_jax as svd
 from experiments import models
-from svd_jax import kernels, parts, runtime, sparse
+from svd_jax import backend, kernels, parts, runtime, sparse
 
 Function = Callable[..., Any]
 
@@ -112,6 +112,39 @@ def test_sparse_kernels_give_what_the_dense_network_gives(
     run = all_sparse(small, images(1, *shape))
     x = images(batch, *shape, seed=batch)
     assert_close(run(x), small(x))
+
+
+@pytest.mark.parametrize('batch', [1, 5])
+def test_convolutions_as_matrix_products_give_what_the_dense_network_gives(
+    network: tuple[svd.Compact, tuple[int, ...]], batch: int
+) -> None:
+    small, shape = network
+    split, x = parts.Network(small, images(1, *shape)), images(batch, *shape, seed=batch)
+    with backend.override('cpu'):
+        run = runtime._chain(split, [runtime.PRODUCTS] * len(split.parts))
+        assert_close(run(x), small(x))
+
+
+def test_convolutions_are_matrix_products_where_that_is_fastest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = nn.Conv(32, (3, 3)), images(2, 6, 6, 16)
+    small = svd.compact(model, sparse_params(model, x, 0.5), x)
+    times = {
+        'products': ([3.0, 2.0], [1.0], [9.0, 1.0, 5.0]),  # dense, sparse; products; in a chain
+        'sparse': ([3.0, 1.0], [9.0, 5.0]),  # saves more than Winograd's algorithm can
+        'dense': ([3.0, 3.5], [4.0], [2.0, 5.0]),
+    }
+    for kernel, turns in times.items():
+        measured = iter(turns)
+        monkeypatch.setattr(runtime, '_microseconds', lambda *runs, of=measured: next(of))
+        compiled = runtime.compile(small, x)
+        (layer,) = compiled.report.layers
+        assert layer.kernel == kernel
+        assert layer.products_us == (None if kernel == 'sparse' else turns[1][0])
+        assert next(measured, None) is None
+        assert_close(compiled(x), small(x))
+    assert 'products us' in str(compiled.report)
 
 
 class Residual(nn.Module):
