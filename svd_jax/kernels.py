@@ -195,7 +195,7 @@ def _sums_of(count: int) -> Any:
     return sums
 
 
-_eight, _four, _two = map(_sums_of, (8, 4, 2))
+_four, _two = map(_sums_of, (4, 2))
 
 
 @intrinsic
@@ -394,7 +394,7 @@ def _band(
 ) -> None:  # fmt: skip
     """The sums of all channels for a band of rows.
 
-    Eight vectors at a time, and of these, a few inputs at a time: what they read stays in the
+    Four vectors at a time, and of these, a few inputs at a time: what they read stays in the
     nearest cache while one channel after the other reads it.
     """
     channels, pointers, columns = op[2], whole[op[3] :], whole[op[4] :]
@@ -402,7 +402,7 @@ def _band(
     at = 0
     while at < vectors:
         left = vectors - at
-        count = 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        count = 4 if left >= 4 else 2 if left >= 2 else 1
         for block in range(blocks):
             fresh, lower = block == 0, np.float32(-np.inf)
             if block == blocks - 1:
@@ -411,10 +411,7 @@ def _band(
                 entry = block * channels + channel
                 first, last, bias = pointers[entry], pointers[entry + 1], biases[channel]
                 place = to + channel * stride
-                if count == 8:
-                    _eight(work, reads, start, writes, place, at, lanes, columns, weights, first,
-                           last, bias, lower, fresh)  # fmt: skip
-                elif count == 4:
+                if count == 4:
                     _four(work, reads, start, writes, place, at, lanes, columns, weights, first,
                           last, bias, lower, fresh)  # fmt: skip
                 elif count == 2:

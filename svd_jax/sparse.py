@@ -22,7 +22,7 @@ from svd_jax.program import Constant, Equation, Operand, bind
 EXAMPLES = 2
 
 # Bytes of the inputs of a block, which should stay in a core's nearest cache; weights of a channel
-# in it, for which it is worth to read and write the sums; vectors that are summed at a time.
+# in it, for which it is worth to read and write the sums; vectors of a band.
 _NEAREST, _WORTH_A_BLOCK, _VECTORS = 24 << 10, 12, 8
 
 _MOVES = {
@@ -79,7 +79,9 @@ def _room(lanes: int, operation: np.ndarray) -> int:
     """Numbers of a band of all channels, a vector beyond each, and one more for what rounds up."""
     if operation[0] != kernels.LINEAR:
         return 0
-    channels, pieces, run, high = operation[[2, 8, 9, 12]].tolist()
+    channels, pieces, run, high, wide = operation[[2, 8, 9, 12, 13]].tolist()
+    if high == wide == 1 and run * lanes % kernels.WIDTH == 0:
+        return 0  # sums are written where they belong
     band = kernels.band_of(run * lanes, pieces, high)
     return channels * (band * pieces * run * lanes + kernels.WIDTH) + kernels.WIDTH
 
@@ -97,7 +99,7 @@ class _Linear:
       inputs: of every entry, which input it reads.
       columns: of every entry, the row that it reads for the first position.
       weights: of every entry.
-      reach: how many rows of one input are read for sums of ``_VECTORS`` vectors.
+      reach: how many rows of one input are read for sums of ``_VECTORS`` positions.
       bias: of every channel.
       lower: bound of the result.
       window: of the max pooling, down and across.
