@@ -114,12 +114,11 @@ def test_sparse_kernels_give_what_the_dense_network_gives(
     assert_close(run(x), small(x))
 
 
-@pytest.mark.parametrize('batch', [1, 5])
 def test_convolutions_as_matrix_products_give_what_the_dense_network_gives(
-    network: tuple[svd.Compact, tuple[int, ...]], batch: int
+    network: tuple[svd.Compact, tuple[int, ...]],
 ) -> None:
     small, shape = network
-    split, x = parts.Network(small, images(1, *shape)), images(batch, *shape, seed=batch)
+    split, x = parts.Network(small, images(1, *shape)), images(5, *shape)
     with backend.override('cpu'):
         run = runtime._chain(split, [runtime.PRODUCTS] * len(split.parts))
         assert_close(run(x), small(x))
@@ -189,7 +188,7 @@ class Pooled(nn.Module):
         return nn.relu(nn.max_pool(x, self.pool, self.pool))
 
 
-@pytest.mark.parametrize('batch', [1, 2, 7, 9, 16, 33])
+@pytest.mark.parametrize('batch', [1, 7, 33])
 @pytest.mark.parametrize('pool', [(1, 1), (2, 2), (3, 1)])
 def test_sums_in_blocks_of_inputs(pool: tuple[int, int], batch: int) -> None:
     model, x = Pooled(pool), images(batch, 9, 7, 50)
