@@ -440,26 +440,26 @@ def _print(title: str, results: list[dict[str, Any]], console: Console) -> None:
 
 
 def _folded(params: Tree, statistics: Tree) -> Tree:
-    """Layers that took on the batch normalisation of the same number, or have none."""
-    folded = {}
-    normalised = [path for path in params if path.startswith('Conv')] + ['Dense_0']
-    order = sorted(normalised, key=lambda path: (path[:4], int(path.rpartition('_')[2])))
-    for number, path in enumerate(order):
+    """The VGG-like network's layers, all but the last with the batch normalisation after them."""
+    *normalised, last = NETWORKS['vgg'].zeros
+    folded = {last: params[last]}
+    for number, path in enumerate(normalised):
         own, means = params[f'BatchNorm_{number}'], statistics[f'BatchNorm_{number}']
         scale = own['scale'] / np.sqrt(means['var'] + 1e-5)  # Flax's epsilon
         bias = (params[path]['bias'] - means['mean']) * scale + own['bias']
         folded[path] = {'kernel': params[path]['kernel'] * scale, 'bias': bias}
-    return folded | {'Dense_1': params['Dense_1']}
+    return folded
 
 
 def _network_of(path: Path) -> tuple[str, Tree]:
     tree = svd.load(path)
-    params = tree.get('params', tree) if isinstance(tree, dict) else {}
-    if 'batch_stats' in tree:
-        params = _folded(params, tree['batch_stats'])
+    tree = tree if isinstance(tree, dict) else {}
+    params = tree.get('params', tree)
     found = {layer: np.shape(own['kernel']) for layer, own in params.items() if 'kernel' in own}
     for name, network in NETWORKS.items():
         if _kernel_shapes(network) == found:
+            if name == 'vgg' and 'batch_stats' in tree:
+                params = _folded(params, tree['batch_stats'])
             return name, {layer: params[layer] for layer in network.zeros}
     raise ValueError(f'{path} holds none of {", ".join(NETWORKS)}')
 

@@ -18,6 +18,8 @@ from numba.core import cgutils
 from numba.extending import models, register_model
 
 WIDTH = 16
+# Vectors of a band: what is summed before the next rows of windows are.
+BAND = 8
 
 # Its own type does not know that the first argument is not passed.
 intrinsic: Any = extending.intrinsic
@@ -366,9 +368,9 @@ def _single(work: Any, op: Any, whole: Any, floats: Any) -> None:
 
 
 def band_of(n: int, pieces: int, high: int) -> int:
-    """Rows of windows to take at a time: eight vectors, or what is pooled into one row."""
+    """Rows of windows to take at a time: ``BAND`` vectors, or what is pooled into one row."""
     vectors = pieces * ((n + WIDTH - 1) // WIDTH)
-    return high * max(1, 8 // (vectors * high))
+    return high * max(1, BAND // (vectors * high))
 
 
 _band_of = njit(nogil=True)(band_of)

@@ -22,8 +22,8 @@ from svd_jax.program import Constant, Equation, Operand, bind
 EXAMPLES = 2
 
 # Bytes of the inputs of a block, which should stay in a core's nearest cache; weights of a channel
-# in it, for which it is worth to read and write the sums; vectors of a band.
-_NEAREST, _WORTH_A_BLOCK, _VECTORS = 24 << 10, 12, 8
+# in it, for which it is worth to read and write the sums.
+_NEAREST, _WORTH_A_BLOCK = 24 << 10, 12
 
 _MOVES = {
     'broadcast_in_dim', 'concatenate', 'copy', 'copy_p', 'dynamic_slice', 'expand_dims', 'gather',
@@ -99,7 +99,7 @@ class _Linear:
       inputs: of every entry, which input it reads.
       columns: of every entry, the row that it reads for the first position.
       weights: of every entry.
-      reach: how many rows of one input are read for sums of ``_VECTORS`` positions.
+      reach: how many rows of one input are read for sums of a band's positions.
       bias: of every channel.
       lower: bound of the result.
       window: of the max pooling, down and across.
@@ -407,7 +407,7 @@ class _Lowering:
         else:
             columns = self._contiguous(grid) + entries[1] * positions
         made = self._linear(number, channels, (1, positions), (0, 1), entries[0], entries[1],
-                            columns, matrix[entries], _VECTORS)  # fmt: skip
+                            columns, matrix[entries], kernels.BAND)  # fmt: skip
         self._values[number] = made.T.reshape(*around, *units)
 
     def _linear(
@@ -459,7 +459,7 @@ class _Lowering:
         down, across = (
             apart * (size - 1) for apart, size in zip(dilation, matrix.shape[2:], strict=True)
         )
-        reach = (down + 1) * (across + _VECTORS * strides[1])
+        reach = (down + 1) * (across + kernels.BAND * strides[1])
         made = self._linear(number, channels, positions, (strides[0] * wide, strides[1]), units,
                             inner, columns, matrix[entries], reach)  # fmt: skip
         spatial = len(outputs) - 2

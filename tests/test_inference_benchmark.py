@@ -223,9 +223,13 @@ def test_batch_normalisation_is_folded_into_what_comes_before(tmp_path: Path) ->
 
 
 def test_a_file_that_is_no_such_network_is_refused(tmp_path: Path, capsys) -> None:
-    svd.save(tmp_path / 'other.svd', {'Dense_0': {'kernel': np.ones((2, 2), np.float32)}})
+    other = {'Dense_0': {'kernel': np.ones((2, 2), np.float32)}}
+    normalised = {'params': other, 'batch_stats': {'BatchNorm_0': {'mean': np.ones(2, 'f')}}}
+    svd.save(tmp_path / 'other.svd', other)
+    svd.save(tmp_path / 'normalised.svd', normalised)
     for name, message in (
         ('other.svd', 'holds none of lenet300, lenet5, vgg'),
+        ('normalised.svd', 'holds none of lenet300, lenet5, vgg'),
         ('gone', 'No such'),
     ):
         with pytest.raises(SystemExit) as stopped:
