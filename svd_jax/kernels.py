@@ -242,10 +242,14 @@ def _transpose(
 @njit(nogil=True)
 def _read(work: Any, lanes: int, x: Any, features: int, begin: int, count: int) -> None:
     """Makes rows of ``count`` examples: feature 0 is row 1, and so on."""
-    if lanes == 1:
-        work[1 : 1 + features] = x[begin * features : (begin + 1) * features]
-        return
     whole_features = features // WIDTH * WIDTH
+    if lanes == 1:  # an assignment of slices would take seconds to compile
+        at = begin * features
+        for f in range(0, whole_features, WIDTH):
+            _store(work, 1 + f, _load(x, at + f))
+        for f in range(whole_features, features):
+            work[1 + f] = x[at + f]
+        return
     whole = count // WIDTH * WIDTH if lanes >= WIDTH else 0
     for b in range(0, whole, WIDTH):
         for f in range(0, whole_features, WIDTH):
