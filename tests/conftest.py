@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -100,15 +101,20 @@ def _configure_cache(options: dict[str, Any]) -> None:
         jax.config.update(name, value)
 
 
+@pytest.fixture(scope='session')
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp('compiled')
+
+
 @pytest.fixture(scope='module')
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For tests that make alike runs in this process: what they have in common is compiled once.
+def compiled_once(compiled: Path) -> Iterator[None]:
+    """For tests that compile much in this process: what they have in common is compiled once.
 
     Not for tests that look at stderr, where XLA speaks of it on some processors
     (jax-ml/jax#38445), nor for several processes: JAX warns of what another has half written.
     """
     options = {
-        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+        'jax_compilation_cache_dir': str(compiled),
         'jax_persistent_cache_min_compile_time_secs': 0.0,
     }
     before = {name: getattr(jax.config, name) for name in options}
@@ -118,8 +124,14 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope='module')
-def no_pictures() -> Iterator[None]:
-    """For runs of which other tests see the pictures: they take two seconds for every network."""
+def no_pictures() -> Iterator[Callable[..., None]]:
+    """For runs of which other tests see the pictures: they take two seconds for every network.
+
+    Its value writes them, to be put back for a run of which they are looked at.
+    """
+    from experiments import pictures
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('experiments.pictures.write_all', lambda *_: None)
-        yield
+        write_all = pictures.write_all
+        patch.setattr(pictures, 'write_all', lambda *_: None)
+        yield write_all

@@ -15,7 +15,7 @@ import svd_jax as svd
 from svd_jax import noise
 from test_linen import CASES, DTYPES, Case, init, inputs, key, layers, with_noise
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 
 def spread(params: Any, seed: int = 0) -> Any:

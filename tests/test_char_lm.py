@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from run_folders import (
     without_times,
 )
 
-pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once', 'no_pictures')
 LENGTH = 8
 SHORT = ('--length', str(LENGTH), '--width', '8', '--batch-size', '50', '--checkpoint-seconds', '0')
 MODELS = [LSTM(7, embedding=5, width=6), Transformer(7, width=8, depth=2, heads=2, length=LENGTH)]
@@ -208,10 +209,13 @@ SPARSE = (
 
 @pytest.fixture(scope='module', params=['lstm', 'transformer'])
 def finished(
-    request: pytest.FixtureRequest, words: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+    request: pytest.FixtureRequest, words: Path, tmp_path_factory: pytest.TempPathFactory,
+    no_pictures: Callable[..., None],
+) -> Path:  # fmt: skip
     out = tmp_path_factory.mktemp('finished') / request.param
-    run(out, words, '--model', request.param, *SPARSE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('experiments.pictures.write_all', no_pictures)
+        run(out, words, '--model', request.param, *SPARSE)
     return out
 
 

@@ -20,7 +20,7 @@ from sparse_networks import (
     sparse_network,
 )
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 
 @pytest.mark.parametrize('name', NETWORKS)

@@ -12,7 +12,7 @@ import svd_jax as svd
 from svd_jax import blocks, conv, narrow, noise, wide, windows, winograd
 
 pytestmark = [
-    pytest.mark.usefixtures('quick_compilation'),
+    pytest.mark.usefixtures('quick_compilation', 'compiled_once'),
     pytest.mark.skipif(jax.default_backend() != 'cpu', reason='only CPUs convolve by patches'),
 ]
 

@@ -14,7 +14,7 @@ from experiments import budget
 from svd_jax import cost
 from svd_jax.tree import units
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 import svd_jax as svd
 from svd_jax import pretrained
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 NUM_DATA, STEPS = 200, 500
 BOTH = {'Dense_0': 1.0, 'Dense_1': 1.0}
 # Between which steps the KL weight grows.

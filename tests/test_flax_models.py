@@ -16,7 +16,7 @@ import pytest
 
 import svd_jax as svd
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 
 class CNN(nn.Module):

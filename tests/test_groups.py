@@ -14,7 +14,7 @@ import svd_jax as svd
 from svd_jax import convention
 from test_linen import key
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 FAMILIES = {'normal': False, 'log-normal': True}
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 import svd_jax as svd
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 
 class Case(NamedTuple):

@@ -13,7 +13,7 @@ from scipy import stats
 from svd_jax import log_normal
 
 FUNCTIONS = [log_normal.mean, log_normal.log_alpha, log_normal.kl]
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 every_function = pytest.mark.parametrize('function', FUNCTIONS)
 
 mean, log_alpha, kl, from_normal = map(jax.jit, (*FUNCTIONS, log_normal.from_normal))

@@ -17,7 +17,7 @@ import svd_jax as svd
 from experiments.language_models import LSTM
 from sparse_networks import assert_same
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 UNITS, FEATURES, OUTPUTS = 6, 4, 3
 UNREAD = [1, 3, 4]

@@ -17,7 +17,7 @@ import svd_jax as svd
 from pages import ROOT, code_blocks
 from test_linen import assert_moments
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 
 class Case(NamedTuple):

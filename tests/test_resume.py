@@ -7,6 +7,7 @@ _EPOCHS and _SEED choose another run.
 import dataclasses
 import errno
 import gc
+import importlib
 import os
 import random
 import re
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import lenet5, lenet300, loop, pictures, report
+from experiments import lenet5, loop, pictures, report
 from experiments.errors import UsageError
 from run_folders import ROOT, main, metrics_of, state_of, summary_of, without_times
 
@@ -66,14 +67,15 @@ def assert_same_run(out: Path, reference: Path, epochs: int = EPOCHS) -> None:
 
 def train(out: Path, *options: str, epochs: int = EPOCHS) -> None:
     """Trains in this process, from the command line on."""
-    main(lenet300, *command(out, *options, epochs=epochs)[3:])
+    experiment = importlib.import_module(f'experiments.{EXPERIMENT}')
+    main(experiment, *command(out, *options, epochs=epochs)[3:])
 
 
 @pytest.fixture(scope='module')
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp('reference') / 'run'
-    subprocess.run(command(out), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    train(out)
     return out
 
 

@@ -16,7 +16,7 @@ from svd_jax import convention
 from test_groups import spread
 from test_linen import key as rngs_of
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 INPUTS = svd.Shared('inputs', ('a', 'b'))
 GROUP = 'groups', 'a+b:inputs'

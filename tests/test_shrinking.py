@@ -16,7 +16,7 @@ import svd_jax as svd
 from experiments.models import VGGLike
 from svd_jax import convention, noise
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 THRESHOLD = {'groups/': 1.0, '': 3.0}
 
 

@@ -14,7 +14,7 @@ import pytest
 import svd_jax as svd
 from sparse_networks import NETWORKS, assert_same, small_network, sparse_network
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 
 def entries(*arrays: Any, axis: int = -1) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 
 import svd_jax as svd
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 NUM_DATA = 50
 MODEL = svd.linen.Dense(3, log_sigma2_init=-2.0)
 

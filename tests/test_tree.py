@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import svd_jax as svd
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compiled_once')
 
 
 class Pair(NamedTuple):

@@ -1,7 +1,7 @@
 """experiments.vgg: batch statistics and dropout where they belong, and errors of plain Flax."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,9 @@ def coloured(seed: int) -> data.Dataset:
 
 
 @pytest.fixture(scope='module', autouse=True)
-def small(quick_compilation: None, compiled_once: None) -> Iterator[data.Dataset]:
+def small(
+    quick_compilation: None, compiled_once: None, no_pictures: Callable[..., None]
+) -> Iterator[data.Dataset]:
     """A few images, and only the first stage of the network, which compiles in seconds."""
     dataset = coloured(0)
     first_stage = partial(VGGLike, stages=VGGLike.stages[:1])
@@ -69,10 +71,12 @@ def run(out: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope='module')
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two seeds."""
+def dense(tmp_path_factory: pytest.TempPathFactory, no_pictures: Callable[..., None]) -> Path:
+    """Of two seeds, with their pictures."""
     out = tmp_path_factory.mktemp('dense') / 'run'
-    run(out, '--method', 'dense', '--seeds', '2')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('experiments.pictures.write_all', no_pictures)
+        run(out, '--method', 'dense', '--seeds', '2')
     return out
 
 
@@ -163,9 +167,12 @@ def test_interrupted_alone_it_ends_with_the_same_bits(dense: Path, tmp_path: Pat
     summary = run(out, *options, '--resume')
     np.testing.assert_equal(state_of(out), state_of(dense / 'seed1'))
     assert without_times(summary) == without_times(summary_of(dense / 'seed1'))
+
+
+@pytest.mark.parametrize('seed', ['seed0', 'seed1'])
+def test_pictures_of_a_run(dense: Path, seed: str) -> None:
     for file in ('curves.png', 'weights.png', 'weights.gif'):
-        for folder in (out, dense / 'seed0', dense / 'seed1'):
-            assert (folder / 'pictures' / file).stat().st_size > 0
+        assert (dense / seed / 'pictures' / file).stat().st_size > 0
 
 
 def test_sparse_vd_starts_from_the_dense_network_and_its_statistics(
@@ -243,9 +250,11 @@ def test_units_go_as_it_trains_and_is_fine_tuned(small: data.Dataset) -> None:
 # --- Dropout --------------------------------------------------------------------------------------
 
 
-@pytest.mark.default_kernels
 def test_dropout_is_where_the_authors_have_it() -> None:
-    """Of the whole network, from what each layer gives in training."""
+    """Of the whole network, from what each layer gives in training.
+
+    Layer by layer: in one program XLA may round what it fuses otherwise than what it returns.
+    """
     rates = {0: 0.3, 2: 0.4, 4: 0.4, 5: 0.4, 7: 0.4, 8: 0.4, 10: 0.4, 11: 0.4, 13: 0.5}
     model = VGGLike(width=1 / 8, dropout=1.0)
     images = jax.random.normal(jax.random.key(0), (64, 32, 32, 3))
@@ -256,11 +265,10 @@ def test_dropout_is_where_the_authors_have_it() -> None:
     )
     variables['params'] = svd.sparsify(variables['params'], np.inf)
     with svd.backend.override('accelerator'):  # which compiles sooner
-        _, found = jax.jit(
-            partial(
-                model.apply, mutable=['batch_stats', 'intermediates'], capture_intermediates=True
-            )
-        )(variables, images, rngs={'noise': jax.random.key(2)})
+        _, found = model.apply(
+            variables, images, rngs={'noise': jax.random.key(2)},
+            mutable=['batch_stats', 'intermediates'], capture_intermediates=True,
+        )  # fmt: skip
     layers = {k: v['__call__'][0] for k, v in found['intermediates'].items() if '__call__' in v}
     given = {k: np.asarray(v) for k, v in layers.items() if k.startswith(('BatchNorm', 'Dropout'))}
     assert sum(name.startswith('Dropout') for name in given) == len(rates)
