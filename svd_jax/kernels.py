@@ -202,19 +202,25 @@ _four, _two = map(_sums_of, (4, 2))
 
 @intrinsic
 def _transpose(
-    typing: Any, to: Any, first: Any, step: Any, of: Any, first_of: Any, step_of: Any
+    typing: Any, to: Any, first: Any, step: Any, of: Any, first_of: Any, step_of: Any, count: Any
 ) -> Any:
-    """Sixteen vectors of an array, a step apart, to such of another: first numbers first."""
+    """Sixteen vectors of an array, a step apart, to such of another: first numbers first.
+
+    If there are fewer, the last of them once more.
+    """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def places(kind: Any, array: Any, first: Any, step: Any) -> list[Any]:
-            offsets = (builder.mul(step, ir.Constant(step.type, i)) for i in range(WIDTH))
+        def places(argument: int, numbers: list[Any]) -> list[Any]:
+            kind, (array, first, step) = signature.args[argument], args[argument : argument + 3]
             return [
-                _pointer(context, builder, kind, array, builder.add(first, offset))
-                for offset in offsets
+                _pointer(context, builder, kind, array, builder.add(first, builder.mul(step, i)))
+                for i in numbers
             ]
 
-        sources = places(signature.args[3], *args[3:])
+        each = [ir.Constant(args[2].type, i) for i in range(WIDTH)]
+        last = builder.sub(args[6], each[1])
+        there = [builder.select(builder.icmp_signed('<', i, last), i, last) for i in each]
+        sources = places(3, there)
         vectors = [builder.load(source, align=4) for source in sources]
         numbers = range(WIDTH)
         half = WIDTH // 2
@@ -231,38 +237,40 @@ def _transpose(
                         for mask in (first, second)
                     )
             half //= 2
-        for vector, target in zip(vectors, places(signature.args[0], *args[:3]), strict=True):
+        for vector, target in zip(vectors, places(0, each), strict=True):
             builder.store(vector, target, align=4)
         return context.get_dummy_value()
 
     n = types.intp
-    return types.void(to, n, n, of, n, n), code
+    return types.void(to, n, n, of, n, n, n), code
 
 
 @njit(nogil=True)
 def _read(work: Any, lanes: int, x: Any, features: int, begin: int, count: int) -> None:
-    """Makes rows of ``count`` examples: feature 0 is row 1, and so on."""
-    whole_features = features // WIDTH * WIDTH
+    """Makes rows of ``count`` examples: feature 0 is row 1, and so on.
+
+    Where there are more lanes, what is beyond is the last example once more.
+    """
+    vectors = features // WIDTH * WIDTH
     if lanes == 1:  # an assignment of slices would take seconds to compile
         at = begin * features
-        for f in range(0, whole_features, WIDTH):
+        for f in range(0, vectors, WIDTH):
             _store(work, 1 + f, _load(x, at + f))
-        for f in range(whole_features, features):
+        for f in range(vectors, features):
             work[1 + f] = x[at + f]
         return
-    whole = count // WIDTH * WIDTH if lanes >= WIDTH else 0
-    for b in range(0, whole, WIDTH):
-        for f in range(0, whole_features, WIDTH):
-            at = (begin + b) * features + f
-            _transpose(work, (1 + f) * lanes + b, lanes, x, at, features)
-        for f in range(whole_features, features):
-            for i in range(b, b + WIDTH):
-                work[(1 + f) * lanes + i] = x[(begin + i) * features + f]
-    for f in range(features):
-        for b in range(whole, count):
-            work[(1 + f) * lanes + b] = x[(begin + b) * features + f]
-        for b in range(count, lanes):
-            work[(1 + f) * lanes + b] = 0
+    done = 0
+    if lanes >= WIDTH:
+        done = vectors
+        for b in range(0, lanes, WIDTH):
+            there = min(WIDTH, count - b)
+            for f in range(0, vectors, WIDTH):
+                at = (begin + b) * features + f
+                _transpose(work, (1 + f) * lanes + b, lanes, x, at, features, there)
+    for b in range(lanes):
+        at = (begin + min(b, count - 1)) * features
+        for f in range(done, features):
+            work[(1 + f) * lanes + b] = x[at + f]
 
 
 @njit(nogil=True)
@@ -286,7 +294,7 @@ def _write(work: Any, lanes: int, out: Any, stores: Any, begin: int, count: int)
             done = whole
             for b in range(0, whole, WIDTH):
                 at, row = (begin + b) * features + feature, stores[feature] * lanes + b
-                _transpose(out, at, features, work, row, step * lanes)
+                _transpose(out, at, features, work, row, step * lanes, WIDTH)
         for k in range(feature, last):
             for b in range(done, count):
                 out[begin + b, k] = work[stores[k] * lanes + b]
@@ -378,19 +386,6 @@ def band_of(n: int, pieces: int, high: int) -> int:
 
 
 _band_of = njit(nogil=True)(band_of)
-
-
-@njit(nogil=True)
-def _most_vectors(table: Any, lanes: int) -> int:
-    """In a band of any operation."""
-    most = 0
-    for at in range(table.shape[0]):
-        op = table[at]
-        if op[0] == LINEAR:
-            n = op[9] * lanes
-            vectors = _band_of(n, op[8], op[12]) * op[8] * ((n + WIDTH - 1) // WIDTH)
-            most = max(most, vectors)
-    return most
 
 
 @njit(nogil=True)
@@ -546,7 +541,8 @@ _floats, _whole, _n = types.float32[::1], types.int32[::1], types.intp
 # One signature, so it is compiled once: inputs that may not be written to suit it as well.
 _SIGNATURE = types.void(
     types.Array(types.float32, 1, 'C', readonly=True), _n, types.float32[:, ::1], _floats,
-    _n, _n, _n, types.int64[:, ::1], _whole, _floats, _whole, _n,
+    types.int64[:, ::1], types.int64[::1], _n, _n,
+    types.int64[:, ::1], _whole, _floats, _whole, _n,
 )  # fmt: skip
 
 
@@ -557,17 +553,18 @@ def compiled() -> Callable[..., None]:
 
 
 def run(
-    x: Any, features: int, out: Any, work: Any, lanes: int, first: int, last: int,
+    x: Any, features: int, out: Any, work: Any, places: Any, blocks: Any, first: int, last: int,
     table: Any, whole: Any, floats: Any, stores: Any, scratch: int,
 ) -> None:  # fmt: skip
-    """Runs a table on the examples ``first`` to ``last``, a block of ``lanes`` at a time.
+    """Runs a table on the examples ``first`` to ``last``, a block at a time.
 
     Args:
       x: inputs, example by example, flat, float32.
       features: of an example.
       out: results, (batch, features), float32, written.
       work: the rows, flat, float32, with room for ``scratch`` and a vector beyond.
-      lanes: examples in a block.
+      places: where the vectors of a band are, (2, vectors), written.
+      blocks: the examples of every block; of the last one, some may not be there.
       first: example.
       last: example, not included.
       table: operations, (operations, COLUMNS).
@@ -576,10 +573,10 @@ def run(
       stores: rows of the result.
       scratch: the first row that no operation owns.
     """
-    places = np.empty((2, _most_vectors(table, lanes)), np.int64)
-    work[:lanes] = 0  # row 0 is all zeros: padding reads it
-    for begin in range(first, last, lanes):
+    begin = first
+    for lanes in blocks:
         count = min(lanes, last - begin)
+        work[:lanes] = 0  # row 0 is all zeros: padding reads it
         _read(work, lanes, x, features, begin, count)
         for at in range(table.shape[0]):
             op = table[at]
@@ -590,3 +587,4 @@ def run(
             else:
                 _elementwise(work, lanes, op, whole, floats)
         _write(work, lanes, out, stores, begin, count)
+        begin += count

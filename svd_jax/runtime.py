@@ -29,6 +29,9 @@ from svd_jax.sparse import NotCoveredError, Plan
 _CACHE = 1 << 20
 # Below this many multiply-adds a thread, a second one costs more than it saves.
 _WORTH_A_THREAD = 2_000_000
+# Examples that do not fill a vector are a block of their own below this part of a vector's work: to
+# read and write them takes longer.
+_WORTH_BY_ITSELF = 0.8
 # Work spaces that a thread keeps, each for another number of examples.
 _SPACES = 4
 # A measurement: rounds, and seconds of a turn.
@@ -109,10 +112,10 @@ class Report(NamedTuple):
 
 
 class _Local(threading.local):
-    """Work space of each thread: for a number of examples, those in a block, and the rows."""
+    """Of each thread, for a number of examples: the rows, places, and the blocks."""
 
     def __init__(self) -> None:
-        self.spaces: dict[int, tuple[int, np.ndarray]] = {}
+        self.spaces: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
 
 class _Sparse:
@@ -149,23 +152,32 @@ class _Sparse:
         # Work space is kept, for new pages cost more than what is computed on them.
         spaces = self._local.spaces
         if last - first not in spaces:
-            lanes = self._lanes(last - first)
-            size = self._plan.numbers(lanes) + 2 * kernels.WIDTH
             if len(spaces) == _SPACES:
                 spaces.clear()
-            spaces[last - first] = lanes, _aligned(size)
-        lanes, work = spaces[last - first]
-        self._run(x, x.size // len(out), out, work, lanes, first, last, *self._tables)
+            spaces[last - first] = self._space(last - first)
+        self._run(x, x.size // len(out), out, *spaces[last - first], first, last, *self._tables)
 
-    def _lanes(self, batch: int) -> int:
-        """Examples in a block: whole vectors, as many as the cache holds, blocks of one size."""
+    def _space(self, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        blocks = self._blocks(batch)
+        numbers, band = (max(map(of, set(blocks))) for of in (self._plan.numbers, self._plan.band))
+        places = np.empty((2, band), np.int64)
+        return _aligned(numbers + 2 * kernels.WIDTH), places, np.asarray(blocks, np.int64)
+
+    def _blocks(self, batch: int) -> list[int]:
+        """Examples in each block: whole vectors, as many as the cache holds; then what is left."""
         width = kernels.WIDTH
-        if batch <= width // 2:
-            return max(batch, 1)
+        vectors, rest = divmod(batch, width)
+        if rest and not self._by_itself(rest):
+            vectors, rest = vectors + 1, 0
         fit = max(1, _CACHE // (4 * self._plan.numbers(width)))
-        vectors = -(-batch // width)
-        blocks = -(-vectors // fit)
-        return -(-vectors // blocks) * width
+        count = -(-vectors // fit)
+        cuts = [vectors * block // count * width for block in range(count + 1)] if count else []
+        return [b - a for a, b in itertools.pairwise(cuts)] + [rest] * (rest > 0)
+
+    def _by_itself(self, rest: int) -> bool:
+        """Whether fewer examples than a vector has take less than a whole vector."""
+        ours, whole = map(self._plan.vector_multiply_adds, (rest, kernels.WIDTH))
+        return rest == 1 or ours < _WORTH_BY_ITSELF * whole
 
 
 def _aligned(size: int) -> np.ndarray:

@@ -72,13 +72,40 @@ class Plan(NamedTuple):
 
     def numbers(self, lanes: int) -> int:
         """Needed for the rows of so many examples, and what is computed on the way."""
-        return self.rows * lanes + max(map(partial(_room, lanes), self.table), default=0)
+        return self.rows * lanes + max(map(partial(_room, lanes), self._linear), default=0)
+
+    def band(self, lanes: int) -> int:
+        """Most vectors of a band, of so many examples."""
+        return max(map(partial(_vectors_of_a_band, lanes), self._linear), default=0)
+
+    def vector_multiply_adds(self, lanes: int) -> int:
+        """Of so many examples."""
+        return sum(
+            self.whole[start + blocks * channels] * rows * pieces * _vectors(run * lanes)
+            for channels, start, rows, pieces, run, blocks in self._linear[:, _WORK].tolist()
+        )
+
+    @property
+    def _linear(self) -> np.ndarray:
+        return self.table[self.table[:, 0] == kernels.LINEAR]
+
+
+# Columns of the table: channels, and where the pointers to their weights are; rows, pieces and
+# lengths of what they are summed for; blocks of inputs.
+_WORK = [2, 3, 7, 8, 9, 17]
+
+
+def _vectors(numbers: int) -> int:
+    return -(-numbers // kernels.WIDTH)
+
+
+def _vectors_of_a_band(lanes: int, operation: np.ndarray) -> int:
+    pieces, run, high = operation[[8, 9, 12]].tolist()
+    return kernels.band_of(run * lanes, pieces, high) * pieces * _vectors(run * lanes)
 
 
 def _room(lanes: int, operation: np.ndarray) -> int:
     """Numbers of a band of all channels, a vector beyond each, and one more for what rounds up."""
-    if operation[0] != kernels.LINEAR:
-        return 0
     channels, pieces, run, high, wide = operation[[2, 8, 9, 12, 13]].tolist()
     if high == wide == 1 and run * lanes % kernels.WIDTH == 0:
         return 0  # sums are written where they belong

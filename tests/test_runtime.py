@@ -199,6 +199,29 @@ def test_sums_in_blocks_of_inputs(pool: tuple[int, int], batch: int) -> None:
     assert_close(all_sparse(small, x)(x), small(x))
 
 
+@pytest.mark.parametrize(
+    ('model', 'batch', 'blocks'),
+    [
+        (models.LeNet5(), 2, [2]),
+        (models.LeNet5(), 15, [16]),  # nearly a vector
+        (models.LeNet5(), 50, [48, 2]),
+        (models.LeNet300(), 1, [1]),
+        (models.LeNet300(), 2, [16]),  # as much work as for 16
+        (models.LeNet300(), 49, [48, 1]),
+        (models.LeNet300(), 50, [64]),
+    ],
+)
+def test_examples_that_fill_no_vector(model: Any, batch: int, blocks: list[int]) -> None:
+    """They are a block of their own where that is less work than a whole vector."""
+    x = images(batch, 28, 28, 1)
+    params = sparse_params(model, x[:1], 0.01)
+    small = svd.compact(model, params, x[:1], deterministic=True)
+    network, every = parts.Network(small, jnp.asarray(x)), slice(0, None)
+    sparse = runtime._Sparse(network.plan(every), network.features(every))
+    assert sparse._blocks(batch) == blocks
+    assert_close(sparse(x), model.apply(params, x, deterministic=True)[0])
+
+
 def test_multiply_adds_are_those_of_the_weights_that_are_not_zero() -> None:
     model, x = models.LeNet5(), images(2, 28, 28, 1)
     params = sparse_params(model, x, 0.02)
