@@ -31,7 +31,7 @@ _CACHE = 1 << 20
 _WORTH_A_THREAD = 2_000_000
 # Examples that do not fill a vector are a block of their own below this part of a vector's work: to
 # read and write them takes longer.
-_WORTH_BY_ITSELF = 0.8
+_WORTH_BY_ITSELF = 0.6
 # Work spaces that a thread keeps, each for another number of examples.
 _SPACES = 4
 # A measurement: rounds, and seconds of a turn.
@@ -136,7 +136,7 @@ class _Sparse:
         out = np.empty((batch, self._width), np.float32)
         threads = batch * self._plan.multiply_adds // _WORTH_A_THREAD
         if threads > 1:
-            threads = min(threads, _cores())
+            threads = min(threads, _cores(), batch)
             cuts = [batch * thread // threads for thread in range(threads + 1)]
             halves = [
                 _threads().submit(self._examples, flat, out, first, last)

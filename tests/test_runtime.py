@@ -222,6 +222,15 @@ def test_examples_that_fill_no_vector(model: Any, batch: int, blocks: list[int])
     assert_close(sparse(x), model.apply(params, x, deterministic=True)[0])
 
 
+@pytest.mark.parametrize('batch', [1, 3])
+def test_fewer_examples_than_cores(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    monkeypatch.setattr(runtime, '_WORTH_A_THREAD', 1)
+    monkeypatch.setattr(runtime, '_cores', lambda: 4)
+    model, x = Pooled((2, 2)), images(batch, 9, 7, 5)
+    small = svd.compact(model, sparse_params(model, x, density=0.5), x)
+    assert_close(all_sparse(small, x)(x), small(x))
+
+
 def test_multiply_adds_are_those_of_the_weights_that_are_not_zero() -> None:
     model, x = models.LeNet5(), images(2, 28, 28, 1)
     params = sparse_params(model, x, 0.02)
