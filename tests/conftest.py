@@ -43,8 +43,10 @@ hypothesis.settings.load_profile('default')
 # Files of few tests that take long. `--dist loadfile` begins with the files of most tests: it would
 # come to these last, and end with one worker in one of them and the others idle.
 LONG = (
-    'test_notebooks.py', 'test_flax_models.py', 'test_models.py', 'test_training_page.py',
-    'test_pages.py', 'test_shrinking.py',
+    'test_notebooks.py', 'test_vgg.py', 'test_training.py', 'test_char_lm.py', 'test_resume.py',
+    'test_units.py', 'test_random_labels.py', 'test_flax_models.py', 'test_shrinking.py',
+    'test_models.py', 'test_gradient_variance.py', 'test_files_benchmark.py',
+    'test_benchmarks.py', 'test_training_page.py', 'test_pages.py', 'test_cost.py',
 )  # fmt: skip
 
 
